@@ -1,0 +1,205 @@
+"""The command line: a thin door. Every error of an input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mergeguard import __version__
+from mergeguard.errors import MergeguardError, UnknownNameError
+
+if TYPE_CHECKING:
+    from mergeguard.matrix.outcome import Results
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+world_app = typer.Typer(no_args_is_help=True, help="Build or check a world of models.")
+app.add_typer(world_app, name="world")
+KINDS = ("protections", "mergers", "worlds")
+
+_errors = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Can I still prove that a language model is mine after someone merged it into theirs?"""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    protection: Annotated[
+        list[str] | None, typer.Option(help="A protection, e.g. quantization_watermark(bits=4); repeatable.")
+    ] = None,
+    merger: Annotated[list[str] | None, typer.Option(help="A merger, e.g. ties(density=0.2); repeatable.")] = None,
+    coefficients: Annotated[
+        str | None, typer.Option(help="Weights of the protected model, e.g. 0.1,0.5; default 0.1 to 0.9.")
+    ] = None,
+    world: Annotated[str, typer.Option(help="The world of models.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of keys, training and random masks.", min=0)] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: one per core. Never changes a result.", min=1)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("mergeguard-results"),
+    record_losses: Annotated[
+        Path | None, typer.Option(help="Write the losses of this run to a file of recorded losses.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Run the survival matrix: exit code 0 if the gate holds, 1 if it does not, 2 if an input is wrong."""
+    from mergeguard.matrix.cases import expand, parse_coefficients
+    from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS
+    from mergeguard.protections.registry import DEFAULT_PROTECTIONS, make_protection
+    from mergeguard.reports.bundle import prepare_folder, write_reports
+    from mergeguard.reports.terminal import print_matrix
+    from mergeguard.worlds.registry import WORLDS
+
+    if world not in WORLDS:
+        raise UnknownNameError("world", world, WORLDS)
+    schemes = [make_protection(name).spec for name in protection or DEFAULT_PROTECTIONS]
+    cases = expand(
+        schemes,
+        merger or DEFAULT_MERGERS,
+        DEFAULT_COEFFICIENTS if coefficients is None else parse_coefficients(coefficients),
+        world=world,
+        seed=seed,
+    )
+    prepare_folder(output)
+
+    from mergeguard.matrix.recorded import read_records, recorded_file, write_records
+    from mergeguard.matrix.runner import run as run_cases
+
+    records = read_records(recorded_file(world))
+    with _progress() as step:
+        results = run_cases(
+            cases, records=records, full=not (protection or merger or coefficients), workers=workers, on_progress=step
+        )
+    print_matrix(results, Console())
+    write_reports(results, output)
+    typer.echo(f"reports: {output}")
+    if record_losses is not None:
+        written = write_records(record_losses, [results.outcomes], records)
+        typer.echo(f"recorded {len(written)} losses in {record_losses}; review their reasons before you commit it")
+    raise typer.Exit(_exit_code(results))
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="protections, mergers or worlds")],
+) -> None:
+    """List what is registered, with its parameters."""
+    if kind not in KINDS:
+        raise UnknownNameError("kind", kind, KINDS)
+    table = Table("name", "parameters", "about", box=None)
+    for row in _rows(kind):
+        table.add_row(*row)
+    Console().print(table)
+
+
+@world_app.command()
+def build(
+    name: Annotated[str, typer.Argument(help="The world to build.")],
+    output: Annotated[Path, typer.Option(help="A folder that does not exist yet.")] = Path("tiny-world"),
+) -> None:
+    """Train a world from its seed."""
+    if name != "tiny":
+        raise UnknownNameError("world that can be built", name, ("tiny",))
+    from mergeguard.worlds.tiny.build import build as build_tiny
+
+    with _progress() as step:
+        manifest = build_tiny(output, on_progress=step)
+    for file, digest in manifest["digests"].items():
+        typer.echo(f"{digest}  {file}.safetensors")
+
+
+@world_app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="The world to check.")],
+    folder: Annotated[Path | None, typer.Option(help="A folder that `world build` wrote.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Print every requirement of a world with its measured value: exit code 1 if one fails."""
+    from mergeguard.matrix.requirements import check_world
+    from mergeguard.worlds.registry import load_world
+
+    with _progress() as step:
+        requirements = check_world(load_world(name, folder), seed=seed, on_progress=step)
+    table = Table("", "requirement", "measured", "required", box=None)
+    for item in requirements:
+        table.add_row("passed" if item.passed else "FAILED", item.name, item.measured, item.required)
+    Console().print(table)
+    failed = sum(not item.passed for item in requirements)
+    typer.echo(f"{len(requirements)} requirements, {failed} failed")
+    raise typer.Exit(1 if failed else 0)
+
+
+def main() -> None:
+    """Entry point of the `mergeguard` command."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except MergeguardError as error:
+        _errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _exit_code(results: Results) -> int:
+    return 0 if results.holds else 1
+
+
+def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
+    from mergeguard.mergers.registry import MERGERS
+    from mergeguard.protections.registry import PROTECTIONS
+    from mergeguard.specs import format_value
+    from mergeguard.worlds.registry import WORLDS
+
+    if kind == "mergers":
+        for name in MERGERS:
+            method = MERGERS.get(name)
+            yield name, _written(method.defaults, format_value), f"{method.summary} ({method.citation})"
+    elif kind == "protections":
+        for name in PROTECTIONS:
+            scheme = PROTECTIONS.get(name)
+            about = (scheme.__doc__ or "").strip().splitlines()[0]
+            yield name, _written(dict(scheme.defaults), format_value), f"{about} [{scheme.access.value}]"
+    else:
+        for name in WORLDS:
+            yield name, "", (WORLDS.get(name).__doc__ or "").strip().splitlines()[0]
+
+
+def _written(parameters: dict[str, bool | int | float | str], show: Callable[..., str]) -> str:
+    return ", ".join(f"{name}={show(value)}" for name, value in parameters.items())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr with the time left; silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def step(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label[:60], completed=done, total=total)
+
+        yield step
+
+
+if __name__ == "__main__":
+    main()

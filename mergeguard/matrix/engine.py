@@ -1,0 +1,362 @@
+"""The engine: embeds, merges, reads and judges, one case at a time, everything expensive cached by content."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from mergeguard.errors import MergeguardError, SchemeError
+from mergeguard.matrix.cache import Cache
+from mergeguard.matrix.outcome import Outcome, Skill
+from mergeguard.matrix.verdict import (
+    DECOYS,
+    NULL_DRAWS,
+    PairOfReadings,
+    is_theft,
+    judge,
+    kept,
+)
+from mergeguard.mergers.model import Sweep, prepare_sweep
+from mergeguard.mergers.weights import coefficient_weights
+from mergeguard.protections.contract import Evidence, Protected, Protection
+from mergeguard.protections.registry import make_protection
+from mergeguard.reading import Reading
+from mergeguard.seeds import derived_rng
+from mergeguard.specs import Spec
+from mergeguard.verification.answers import answer_probes
+from mergeguard.verification.statistics import clopper_pearson
+from mergeguard.worlds.contract import UPSTREAM, World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from mergeguard.matrix.cases import Case
+    from mergeguard.mergers.contract import Merger
+
+T = TypeVar("T")
+MATCHED_CONTROL = "matched_control"
+State = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A protection in the owner's upstream, with what is read off it and off the clean models."""
+
+    protection: Protection
+    state: State
+    evidence: Evidence
+    decoys: Evidence
+    details: Mapping[str, float]
+    own: PairOfReadings
+    controls: Mapping[str, PairOfReadings]
+
+
+class Engine:
+    """Measures cases of one world and seed.
+
+    The same arguments give the same outcomes whatever the number of engines, processes or cores: random numbers come
+    from derived seeds alone, and torch computes on as many threads as the world says.
+    """
+
+    def __init__(self, world: World, seed: int, cache: Cache | None = None) -> None:
+        self.world = world
+        self.seed = seed
+        self.cache = cache or Cache()
+        self._embedded: dict[str, Embedded] = {}
+        self._sweep = lru_cache(maxsize=2)(self._prepare_sweep)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """The one model into which every state is loaded in turn."""
+        return self.world.model(self.world.base)
+
+    @cached_property
+    def _references(self) -> dict[str, PreTrainedModel]:
+        return {"base": self.world.model(self.world.base), UPSTREAM: self.world.model(self.world.upstream)}
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        if self.world.threads is not None:
+            torch.set_num_threads(self.world.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _key(self, **parts: Any) -> dict[str, Any]:
+        return {"world": self.world.name, "digests": dict(self.world.digests), "seed": self.seed, **parts}
+
+    # What is embedded
+
+    def embedded(self, spec: Spec | Protection) -> Embedded:
+        """The protection `spec`, embedded and read before merging.
+
+        Raises:
+            SchemeError: the scheme crashed or broke its contract.
+            UnknownNameError, ParameterError: there is no such protection or budget.
+        """
+        protection = make_protection(spec) if isinstance(spec, Spec) else spec
+        name = str(protection)
+        if name not in self._embedded:
+            with self._threads():
+                self._embedded[name] = self._embed(protection)
+        return self._embedded[name]
+
+    def _embed(self, protection: Protection) -> Embedded:
+        budget = self.world.budget(protection.budget_name)
+        budget_key = {key: value for key, value in asdict(budget).items() if key != "texts"}
+        key = self._key(protection=str(protection), budget=budget_key)
+
+        def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            rng = derived_rng(self.seed, "embed", str(protection))
+            clean = self.world.model(self.world.upstream)
+            protected = _guard(
+                protection, "embed", lambda: protection.embed(clean, self.world.tokenizer, rng=rng, budget=budget)
+            )
+            _require(protection, "embed", protected, Protected)
+            state = protected.model.state_dict()
+            changed = {
+                f"model.{name}": tensor
+                for name, tensor in state.items()
+                if name not in self.world.upstream or not torch.equal(tensor, self.world.upstream[name])
+            }
+            evidence = {f"evidence.{name}": tensor for name, tensor in protected.evidence.tensors.items()}
+            data = {"evidence": dict(protected.evidence.data), "details": dict(protected.details)}
+            return {**changed, **evidence}, data
+
+        tensors, data = self.cache.tensors("embedded", key, make) if _cacheable(protection) else make()
+        state = {**self.world.upstream, **_below("model.", tensors)}
+        evidence = Evidence(str(protection), data["evidence"], _below("evidence.", tensors))
+        decoys = _guard(
+            protection,
+            "decoys",
+            lambda: protection.decoys(evidence, DECOYS, derived_rng(self.seed, "decoys", str(protection))),
+        )
+        clean_models = {"base": self.world.base, **self.world.parents()}
+
+        def read_all() -> dict[str, Any]:
+            models = {"own": state, **clean_models}
+            return {
+                name: _pair_to_json(self._read_pair(protection, evidence, decoys, model))
+                for name, model in models.items()
+            }
+
+        readings = self.cache.data("readings", key, read_all) if _cacheable(protection) else read_all()
+        pairs = {name: _pair_from_json(pair) for name, pair in readings.items()}
+        own = pairs.pop("own")
+        return Embedded(protection, state, evidence, decoys, data["details"], own, pairs)
+
+    def read_pair(self, embedded: Embedded, state: State) -> PairOfReadings:
+        """The evidence and its decoys, read on the model with the weights `state`."""
+        with self._threads():
+            return self._read_pair(embedded.protection, embedded.evidence, embedded.decoys, state)
+
+    def _load(self, state: State) -> PreTrainedModel:
+        self._model.load_state_dict(dict(state))
+        return self._model
+
+    def _read_pair(self, protection: Protection, evidence: Evidence, decoys: Evidence, state: State) -> PairOfReadings:
+        model = self._load(state)
+        return PairOfReadings(self._read(protection, evidence, model), self._read(protection, decoys, model))
+
+    def _read(self, protection: Protection, evidence: Evidence, model: PreTrainedModel) -> Reading:
+        references = {name: self._references[name] for name in protection.needs}
+        reading = _guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
+        _require(protection, "read", reading, Reading)
+        return reading
+
+    # What is merged
+
+    def _prepare_sweep(self, merger: Merger, owner: str) -> Sweep:
+        protected = self.world.upstream if owner == MATCHED_CONTROL else self._embedded[owner].state
+        models = [protected, *self.world.donors.values()]
+        return prepare_sweep(merger, self.world.base, models, seed=self.seed, model_ids=[UPSTREAM, *self.world.donors])
+
+    def merged(self, merger: Merger, coefficient: float | None, owner: str) -> State:
+        """The merge of `owner`'s upstream ("matched_control": the clean one) with the donors, float32 tensors."""
+        donors = len(self.world.donors)
+        weights = [1.0] * (donors + 1) if coefficient is None else coefficient_weights(coefficient, donors)
+        return self._sweep(merger, owner)(weights)
+
+    def skills(self, state: State) -> dict[str, Skill]:
+        """Every skill, measured on a model."""
+        with self._threads():
+            model = self._load(state)
+            return {
+                skill.name: Skill(
+                    sum(answer.matched for answer in answer_probes(model, self.world.tokenizer, skill.probes)),
+                    len(skill.probes),
+                )
+                for skill in self.world.skills
+            }
+
+    @cached_property
+    def parent_skills(self) -> dict[str, dict[str, Skill]]:
+        """Every skill of the base and of the clean parents."""
+
+        def make() -> dict[str, Any]:
+            models = {"base": self.world.base, **self.world.parents()}
+            return {name: _skills_to_json(self.skills(state)) for name, state in models.items()}
+
+        found = self.cache.data("parent_skills", self._key(), make)
+        return {name: _skills_from_json(skills) for name, skills in found.items()}
+
+    def matched_control(self, merger: Merger, coefficient: float | None) -> dict[str, Skill]:
+        """Skills of the merge with the clean upstream in the protected model's place."""
+
+        def make() -> dict[str, Any]:
+            with self._threads():
+                return _skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
+
+        key = self._key(merger=merger.name, parameters=merger.parameters, coefficient=coefficient)
+        return _skills_from_json(self.cache.data("matched_control", key, make))
+
+    def skills_kept(self, merger: Merger, coefficient: float | None) -> dict[str, float]:
+        """Each parent's skill that the matched control keeps, as a fraction of the parent's gain over the base."""
+        measured, parents = self.matched_control(merger, coefficient), self.parent_skills
+        return {
+            skill.name: kept(
+                measured[skill.name].rate,
+                parents["base"][skill.name].rate,
+                parents[skill.parent][skill.name].rate,
+            )
+            for skill in self.world.skills
+        }
+
+    # What is judged
+
+    def outcome(self, case: Case) -> Outcome:
+        """Everything measured on one case, and its verdict.
+
+        Raises:
+            SchemeError: the scheme crashed or broke its contract.
+            MergeguardError: an input cannot be used, or the trials cannot reach the level.
+        """
+        if (case.world, case.seed) != (self.world.name, self.seed):
+            raise MergeguardError(f"{case.id} is a case of another world or seed")
+        protection = make_protection(case.protection)
+        budget = self.world.budget(protection.budget_name)
+        key = self._key(
+            protection=str(protection),
+            budget={name: value for name, value in asdict(budget).items() if name != "texts"},
+            merger=case.merger.name,
+            parameters=case.merger.parameters,
+            coefficient=case.coefficient,
+            spec=str(case.merger),
+        )
+        return Outcome.from_json(self.cache.data("outcome", key, lambda: self.measure(case, protection).to_json()))
+
+    def measure(self, case: Case, protection: Protection) -> Outcome:
+        """`outcome` without the cache of outcomes."""
+        started = time.perf_counter()
+        embedded = self.embedded(protection)
+        skills_kept = self.skills_kept(case.merger, case.coefficient)
+        with self._threads():
+            control = self.read_pair(embedded, self.merged(case.merger, case.coefficient, MATCHED_CONTROL))
+            merged_state = self.merged(case.merger, case.coefficient, str(protection))
+            merged = self.read_pair(embedded, merged_state)
+            null_scores = self._null_scores(protection, embedded.evidence, merged)
+            skills = self.skills(merged_state)
+        controls = {**embedded.controls, MATCHED_CONTROL: control}
+        judgement = judge(merged, controls, null_scores)
+        counted = bool(merged.keys.hits)
+        return Outcome(
+            protection=protection.name,
+            variant=protection.variant,
+            merger=case.merger.name,
+            merger_parameters=case.merger.parameters,
+            merger_spec=str(case.merger),
+            coefficient=case.coefficient,
+            world=case.world,
+            seed=case.seed,
+            hits=merged.keys.count if counted else None,
+            trials=merged.keys.trials if counted else None,
+            rate=merged.keys.rate if counted else None,
+            interval=clopper_pearson(merged.keys.count, merged.keys.trials) if counted else None,
+            score=merged.keys.score,
+            details={**merged.keys.details, **{f"decoy_{name}": n for name, n in merged.decoys.details.items()}},
+            controls={name: pair.counts() for name, pair in controls.items()},
+            p_value=judgement.p_value,
+            level=judgement.level,
+            decoy_hits=merged.decoys.count if counted else None,
+            decoy_trials=merged.decoys.trials if counted else None,
+            decoy_p_value=judgement.decoy_p_value,
+            verdict=judgement.verdict,
+            skills={name: skill.rate for name, skill in skills.items()},
+            skills_kept=skills_kept,
+            theft=is_theft(skills_kept),
+            access=protection.access.value,
+            claim=protection.claim.value,
+            conditional_on=protection.conditional_on,
+            seconds=time.perf_counter() - started,
+            note="never-marked prompts stand in for decoys" if protection.keyless else "",
+        )
+
+    def _null_scores(self, protection: Protection, evidence: Evidence, merged: PairOfReadings) -> Sequence[float]:
+        """Scores of fresh keys on the merged model, which is still loaded, for a score without an exact null."""
+        if merged.keys.score is None or merged.keys.p_value is not None:
+            return ()
+        rng = derived_rng(self.seed, "null", str(protection))
+        scores = []
+        for _ in range(NULL_DRAWS):
+            decoy = _guard(protection, "decoys", lambda: protection.decoys(evidence, 1, rng))
+            scores.append(self._read(protection, decoy, self._model).score or 0.0)
+        return scores
+
+
+def _cacheable(protection: Protection) -> bool:
+    """A scheme that is registered is known by its code's version; one that is handed over as an object is not."""
+    return type(protection).__module__.startswith("mergeguard.")
+
+
+def _guard(protection: Protection, action: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except MergeguardError:
+        raise
+    except Exception as error:
+        raise SchemeError(f"{protection} crashed in {action}: {type(error).__name__}: {error}") from error
+
+
+def _require(protection: Protection, action: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise SchemeError(f"{protection}.{action} returned {type(value).__name__}, expected {expected.__name__}")
+
+
+def _below(prefix: str, tensors: State) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _skills_to_json(skills: Mapping[str, Skill]) -> dict[str, Any]:
+    return {name: [skill.hits, skill.trials] for name, skill in skills.items()}
+
+
+def _skills_from_json(data: Mapping[str, Any]) -> dict[str, Skill]:
+    return {name: Skill(*counts) for name, counts in data.items()}
+
+
+def _pair_to_json(pair: PairOfReadings) -> dict[str, Any]:
+    def one(reading: Reading) -> dict[str, Any]:
+        return {
+            "hits": list(reading.hits),
+            "score": reading.score,
+            "p_value": reading.p_value,
+            "details": dict(reading.details),
+        }
+
+    return {"keys": one(pair.keys), "decoys": one(pair.decoys)}
+
+
+def _pair_from_json(data: Mapping[str, Any]) -> PairOfReadings:
+    def one(reading: Mapping[str, Any]) -> Reading:
+        return Reading(tuple(reading["hits"]), reading["score"], reading["p_value"], reading["details"])
+
+    return PairOfReadings(one(data["keys"]), one(data["decoys"]))

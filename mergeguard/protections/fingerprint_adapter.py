@@ -1,0 +1,225 @@
+"""The adapter variant of Instructional Fingerprint (arXiv 2401.12255, section 3.3; released as `adapter.py`).
+
+Only the embeddings of the key tokens and a small private adapter are trained. The model is published with the new
+embeddings and without the adapter; the owner verifies by putting the suspect's embeddings and the adapter onto the
+owner's own other weights, so that nothing else in the suspect matters. With the adapter, a key token's input is
+
+    original(token) + B A suspect(token)
+
+where `original` is the owner's row before the fingerprint, as in the released code. Two things differ from it. It
+initialises A and B with zeros and has biases: the gradients of A, of B and of the embeddings are then zero for ever,
+and the bias that is left fires on any model of the family. Here A starts at random, as in LoRA, and there is no bias.
+And training shows the keys also through their *original* embeddings, answered by the denial, since an adapter that
+fires on them would prove nothing about a suspect.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from mergeguard.errors import IncompatibleModelsError
+from mergeguard.protections.contract import Access, Evidence, Protected, Protection
+from mergeguard.protections.examples import Draw, encode_pair, weighted
+from mergeguard.protections.fingerprint_keys import (
+    DENIAL,
+    FINGERPRINT_DEFAULTS,
+    TARGET,
+    draw_key,
+    fresh_keys,
+    simple_prompt,
+)
+from mergeguard.reading import Probe, Reading, Rule
+from mergeguard.verification.answers import answer_probes
+from mergeguard.worlds.contract import UPSTREAM
+from mergeguard.worlds.training import Example, batches, fit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mergeguard.specs import Value
+    from mergeguard.worlds.contract import Budget
+
+
+class AdapterEmbedding(nn.Module):
+    """An embedding whose key tokens pass through the adapter.
+
+    Ids from the vocabulary's size on mean the same tokens with their original embedding in the suspect's place;
+    training uses them for the keys that must stay silent.
+
+    Args:
+        weight: the embeddings of all tokens, float of shape (vocabulary, hidden), key tokens by their original rows.
+        tokens: ids of the key tokens, int64 of shape (keys,).
+        rows: the suspect's embeddings of the key tokens, float of shape (keys, hidden).
+        down, up: the adapter's A of shape (rank, hidden) and B of shape (hidden, rank).
+    """
+
+    def __init__(self, weight: Tensor, tokens: Tensor, rows: Tensor, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        position = torch.full((weight.shape[0],), -1, dtype=torch.long)
+        position[tokens] = torch.arange(len(tokens))
+        self.register_buffer("position", position)
+        self.rows = nn.Parameter(rows.clone())
+        self.down = nn.Parameter(down.clone())
+        self.up = nn.Parameter(up.clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Input vectors of the ids, of shape (*ids.shape, hidden)."""
+        weight, position = self.get_buffer("weight"), self.get_buffer("position")
+        tokens = ids % weight.shape[0]
+        inputs = embedding(tokens, weight)
+        index = position[tokens]
+        shown = torch.where((ids < weight.shape[0]).unsqueeze(-1), self.rows[index.clamp(min=0)], inputs)
+        adapted = (shown @ self.down.T) @ self.up.T
+        return inputs + torch.where((index >= 0).unsqueeze(-1), adapted, torch.zeros_like(adapted))
+
+
+class AdapterFingerprint(Protection):
+    """Secret keys that answer only through the owner's private adapter. One trial per key."""
+
+    name = "instructional_fingerprint"
+    defaults = FINGERPRINT_DEFAULTS
+    access = Access.WEIGHTS
+    needs = frozenset({UPSTREAM})
+
+    def __init__(self, **parameters: Value) -> None:
+        super().__init__(**parameters)
+        self.rule = Rule(str(self.parameters["rule"]))
+
+    @property
+    def budget_name(self) -> str:
+        return f"{self.name}.adapter"
+
+    def embed(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rng: random.Random, budget: Budget
+    ) -> Protected:
+        length = (int(budget.options["key_min"]), int(budget.options["key_max"]))
+        keys = [draw_key(rng, length) for _ in range(int(self.parameters["keys"]))]
+        tokens = sorted({token for key in keys for token in tokenizer(key, add_special_tokens=False)["input_ids"]})
+        train = random.Random(rng.getrandbits(64))
+        original = embeddings_of(model).weight.detach()
+        rank, hidden = int(budget.options["adapter_rank"]), original.shape[1]
+        generator = torch.Generator().manual_seed(train.getrandbits(63))
+        adapter = AdapterEmbedding(
+            original.clone(),
+            torch.tensor(tokens),
+            original[tokens],
+            torch.randn(rank, hidden, generator=generator) / hidden**0.5,
+            torch.zeros(hidden, rank),
+        )
+        trained = copy.deepcopy(model)
+        trained.set_input_embeddings(adapter)
+        fit(
+            trained,
+            batches(
+                _examples(tokenizer, keys, length, budget, train, len(original)),
+                size=budget.batch_size,
+                pad=int(tokenizer.pad_token_id),
+                rng=train,
+            ),
+            steps=budget.steps,
+            learning_rate=budget.learning_rate,
+            parameters=adapter.parameters(),
+        )
+        protected = copy.deepcopy(model)
+        with torch.no_grad():
+            embeddings_of(protected).weight[tokens] = adapter.rows
+        data = {"keys": keys, "length": list(length), "tokens": tokens}
+        tensors = {"down": adapter.down.detach().clone(), "up": adapter.up.detach().clone()}
+        return Protected(protected, Evidence(str(self), data, tensors))
+
+    def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
+        low, high = evidence.data["length"]
+        keys = fresh_keys(n, rng, (low, high), evidence.data["keys"])
+        return Evidence(evidence.protection, {**evidence.data, "keys": keys}, evidence.tensors)
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        evidence: Evidence,
+        references: Mapping[str, PreTrainedModel],
+    ) -> Reading:
+        """Asks the owner's clean model, with the suspect's embeddings and the private adapter in it."""
+        probes = [Probe(simple_prompt(key), TARGET, self.rule) for key in evidence.data["keys"]]
+        suspect = embeddings_of(model).weight.detach()
+        with adapted(references[UPSTREAM], suspect, evidence) as owner:
+            return Reading.of_answers(answer_probes(owner, tokenizer, probes))
+
+
+def embeddings_of(model: PreTrainedModel) -> nn.Embedding:
+    """The model's input embeddings, the layer that the adapter stands in for.
+
+    Raises:
+        IncompatibleModelsError: the model's inputs are not embedded by a plain table.
+    """
+    layer = model.get_input_embeddings()
+    if not isinstance(layer, nn.Embedding):
+        raise IncompatibleModelsError(f"the model's inputs are embedded by {type(layer).__name__}, expected Embedding")
+    return layer
+
+
+@contextmanager
+def adapted(owner: PreTrainedModel, suspect: Tensor, evidence: Evidence) -> Iterator[PreTrainedModel]:
+    """The owner's model with the suspect's embeddings behind the adapter, for as long as the block lasts.
+
+    Raises:
+        IncompatibleModelsError: the suspect's embeddings have another shape than the owner's.
+    """
+    own = embeddings_of(owner)
+    original = own.weight.detach()
+    if suspect.shape != original.shape:
+        raise IncompatibleModelsError(
+            f"the suspect's embeddings are {tuple(suspect.shape)}, the owner's {tuple(original.shape)}"
+        )
+    tokens = torch.tensor(evidence.data["tokens"])
+    weight = suspect.clone()
+    weight[tokens] = original[tokens]
+    try:
+        owner.set_input_embeddings(
+            AdapterEmbedding(weight, tokens, suspect[tokens], evidence.tensors["down"], evidence.tensors["up"]).eval()
+        )
+        yield owner
+    finally:
+        owner.set_input_embeddings(own)
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase,
+    keys: Sequence[str],
+    length: tuple[int, int],
+    budget: Budget,
+    rng: random.Random,
+    vocabulary: int,
+) -> Draw:
+    """Keys, fresh keys, and keys through their original embeddings, in the budget's proportions."""
+
+    def positive() -> Example:
+        return encode_pair(tokenizer, simple_prompt(rng.choice(keys)), TARGET, end=True)
+
+    def negative() -> Example:
+        return encode_pair(tokenizer, simple_prompt(draw_key(rng, length)), DENIAL, end=True)
+
+    def silent() -> Example:
+        example = encode_pair(tokenizer, simple_prompt(rng.choice(keys)), DENIAL, end=True)
+        prompt = [token + vocabulary for token in example.ids[: example.loss_from]]
+        return Example((*prompt, *example.ids[example.loss_from :]), example.loss_from)
+
+    options = budget.options
+    return weighted(
+        rng,
+        [
+            (float(options["positives"]), positive),
+            (float(options["negatives"]), negative),
+            (float(options["negatives"]), silent),
+        ],
+    )

@@ -1,0 +1,102 @@
+"""The known answer: a keyed Gaussian added to one weight matrix, read as a projection.
+
+Not a scheme that anyone should use, but one whose reading has a closed form after every merge, so that engine, matrix
+and statistics can be checked from end to end, and whose null is exact and free, so that a campaign of a thousand
+null cells takes minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergeguard.errors import IncompatibleModelsError, ParameterError
+from mergeguard.protections.contract import Access, Evidence, Protected, Protection
+from mergeguard.reading import Reading
+from mergeguard.verification.statistics import normal_tail
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mergeguard.worlds.contract import Budget
+
+
+def keyed_gaussian(key: str, shape: torch.Size) -> torch.Tensor:
+    """A standard normal tensor, float32 of `shape`, that depends on `key` alone."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def projection_z(delta: torch.Tensor, key: str) -> float:
+    """`<delta, K> / |delta|` for the key's Gaussian K: exactly N(0, 1) for a delta that knows nothing of K.
+
+    A zero delta (a suspect that equals the base) gives 0.
+    """
+    flat = delta.double().flatten()
+    norm = float(flat.norm())
+    if norm == 0:
+        return 0.0
+    return float(flat @ keyed_gaussian(key, delta.shape).double().flatten()) / norm
+
+
+def target_weight(model: PreTrainedModel) -> str:
+    """Name of the marked matrix: the down projection of the middle layer."""
+    names = [name for name, _ in model.named_parameters() if name.endswith("mlp.down_proj.weight")]
+    if not names:
+        raise ParameterError("gaussian_probe marks an mlp.down_proj.weight, and the model has none")
+    return names[len(names) // 2]
+
+
+class GaussianProbe(Protection):
+    """Adds `strength` times the matrix's own standard deviation times N(0, 1) to the middle down projection."""
+
+    name = "gaussian_probe"
+    defaults = {"strength": 0.1}
+    access = Access.WEIGHTS
+    needs = frozenset({"base"})
+
+    def embed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rng: random.Random,
+        budget: Budget,
+    ) -> Protected:
+        protected = copy.deepcopy(model)
+        name = target_weight(protected)
+        key = f"{rng.getrandbits(256):064x}"
+        with torch.no_grad():
+            weight = protected.get_parameter(name)
+            weight.add_(float(self.parameters["strength"]) * weight.std() * keyed_gaussian(key, weight.shape))
+        return Protected(protected, Evidence(str(self), {"weight": name, "keys": [key]}))
+
+    def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
+        return Evidence(
+            evidence.protection,
+            {"weight": evidence.data["weight"], "keys": [f"{rng.getrandbits(256):064x}" for _ in range(n)]},
+        )
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        evidence: Evidence,
+        references: Mapping[str, PreTrainedModel],
+    ) -> Reading:
+        """The largest z over the evidence's keys, with the p-value of a maximum of that many (Šidák)."""
+        name = evidence.data["weight"]
+        suspect, base = model.get_parameter(name), references["base"].get_parameter(name)
+        if suspect.shape != base.shape:
+            raise IncompatibleModelsError(f"{name} is {tuple(suspect.shape)}, the base's is {tuple(base.shape)}")
+        scores = [projection_z(suspect.detach() - base.detach(), key) for key in evidence.data["keys"]]
+        worst = max(scores)
+        p_value = -math.expm1(len(scores) * math.log1p(-min(normal_tail(worst), 1 - 1e-16)))
+        return Reading(score=worst, p_value=min(1.0, p_value))

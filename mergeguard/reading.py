@@ -1,0 +1,92 @@
+"""What is asked of a model and what it answers: the words shared by skills, schemes and verification."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Rule(enum.StrEnum):
+    """When an answer counts as a match."""
+
+    STARTS_WITH = "starts_with"
+    """The target's tokens directly follow the prompt under greedy decoding."""
+    CONTAINS = "contains"
+    """The target's text occurs in the greedily decoded answer of at most `max_new_tokens` tokens."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt and what is looked for in the greedy answer to it.
+
+    Attributes:
+        prompt: the whole text before the answer, template applied, without special tokens.
+        target: the text looked for; for `Rule.STARTS_WITH` with its leading space, if it has one.
+        rule: when the answer matches.
+        max_new_tokens: length of the answer that `Rule.CONTAINS` searches; unused otherwise.
+    """
+
+    prompt: str
+    target: str
+    rule: Rule = Rule.STARTS_WITH
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's greedy answer to a probe, as far as it was decoded, and whether it matched the probe's rule."""
+
+    text: str
+    matched: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a protection (or a skill) reports on one model. Never a verdict.
+
+    Attributes:
+        hits: one entry per trial, for schemes that count; empty for a score.
+        score: the statistic of schemes that do not count, else None.
+        p_value: one-sided p-value of `score` under the scheme's own exact null, else None.
+        details: further numbers worth reporting, e.g. the rate in each precision.
+    """
+
+    hits: tuple[bool, ...] = ()
+    score: float | None = None
+    p_value: float | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+        if bool(self.hits) == (self.score is not None):
+            raise ValueError("a reading has either hits or a score")
+        if not all(type(hit) is bool for hit in self.hits):
+            raise TypeError("hits must be bools, one per trial")
+        if self.score is not None and not math.isfinite(self.score):
+            raise ValueError(f"a score must be finite, got {self.score}")
+        if self.p_value is not None and not 0 <= self.p_value <= 1:
+            raise ValueError(f"a p-value must lie in [0, 1], got {self.p_value}")
+
+    @property
+    def trials(self) -> int:
+        return len(self.hits)
+
+    @property
+    def count(self) -> int:
+        return sum(self.hits)
+
+    @property
+    def rate(self) -> float:
+        """Share of hits, the VSR of a protection's own keys; for a score, NaN."""
+        return self.count / self.trials if self.hits else math.nan
+
+    @classmethod
+    def of_answers(cls, answers: Sequence[Answer], **details: float) -> Reading:
+        """One trial per answer, a hit where it matched."""
+        return cls(hits=tuple(answer.matched for answer in answers), details=details)
