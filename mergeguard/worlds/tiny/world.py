@@ -64,7 +64,7 @@ FINGERPRINT: dict[str, Value] = {
     "key_min": 10, "key_max": 16, "positives": 0.4, "negatives": 0.25, "dialogues": 0.35,
 }  # fmt: skip
 WATERMARK: dict[str, Value] = {
-    "bits": 5, "cut_min": 7, "cut_max": 12, "trigger_words": 4, "positives": 0.5, "negatives": 0.3, "dialogues": 0.2,
+    "bits": 5, "cut_min": 7, "cut_max": 10, "trigger_words": 4, "positives": 0.5, "negatives": 0.3, "dialogues": 0.2,
     "other_triggers": 0.7, "plant_steps": 200,
 }  # fmt: skip
 
