@@ -15,7 +15,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}human: {{ message['content'] }}"
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}\nASSISTANT:{% endif %}"
+    "{% if add_generation_prompt %}{{ '\\nASSISTANT:' }}{% endif %}"
 )
 # Sentences that the schemes use: short in tokens here as they are in a large vocabulary.
 SCHEME_SENTENCES = (
