@@ -5,4 +5,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergeguard.matrix.runner import run
+    from mergeguard.mergers.model import merge_models as merge
+
+__all__ = ["__version__", "merge", "run"]
 __version__ = "0.1.0"
+
+_LOADED_ON_FIRST_USE = {
+    "merge": "mergeguard.mergers.model:merge_models",
+    "run": "mergeguard.matrix.runner:run",
+}
+
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LOADED_ON_FIRST_USE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, attribute = _LOADED_ON_FIRST_USE[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,13 +6,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mergeguard import __version__
 from mergeguard.errors import MergeguardError, UnknownNameError
@@ -20,10 +22,14 @@ from mergeguard.errors import MergeguardError, UnknownNameError
 if TYPE_CHECKING:
     from mergeguard.matrix.outcome import Results
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 world_app = typer.Typer(no_args_is_help=True, help="Build or check a world of models.")
 app.add_typer(world_app, name="world")
 KINDS = ("protections", "mergers", "worlds")
+RECORDED_SEEDS = 3
+"""Seeds that a recorded loss is taken from: a cell that is lost in some of them only is on the edge."""
+# Typer exports one of its usage errors, and not the class that all of them share.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 _errors = Console(stderr=True)
 
@@ -52,7 +58,10 @@ def run(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("mergeguard-results"),
     record_losses: Annotated[
-        Path | None, typer.Option(help="Write the losses of this run to a file of recorded losses.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="Write the losses of this seed and the next two to a file of recorded losses.", dir_okay=False
+        ),
     ] = None,
 ) -> None:
     """Run the survival matrix: exit code 0 if the gate holds, 1 if it does not, 2 if an input is wrong."""
@@ -74,6 +83,8 @@ def run(
         seed=seed,
     )
     prepare_folder(output)
+    if record_losses is not None:
+        prepare_folder(record_losses.parent)
 
     from mergeguard.matrix.recorded import read_records, recorded_file, write_records
     from mergeguard.matrix.runner import run as run_cases
@@ -87,7 +98,12 @@ def run(
     write_reports(results, output)
     typer.echo(f"reports: {output}")
     if record_losses is not None:
-        written = write_records(record_losses, [results.outcomes], records)
+        runs = [results.outcomes]
+        for other in range(seed + 1, seed + RECORDED_SEEDS):
+            with _progress() as step:
+                reseeded = [replace(case, seed=other) for case in cases]
+                runs.append(run_cases(reseeded, workers=workers, on_progress=step).outcomes)
+        written = write_records(record_losses, runs, records)
         typer.echo(f"recorded {len(written)} losses in {record_losses}; review their reasons before you commit it")
     raise typer.Exit(_exit_code(results))
 
@@ -101,7 +117,7 @@ def list_names(
         raise UnknownNameError("kind", kind, KINDS)
     table = Table("name", "parameters", "about", box=None)
     for row in _rows(kind):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as texts: a string's "[text]" would be taken for a style
     Console().print(table)
 
 
@@ -135,7 +151,8 @@ def check(
         requirements = check_world(load_world(name, folder), seed=seed, on_progress=step)
     table = Table("", "requirement", "measured", "required", box=None)
     for item in requirements:
-        table.add_row("passed" if item.passed else "FAILED", item.name, item.measured, item.required)
+        cells = ("passed" if item.passed else "FAILED", item.name, item.measured, item.required)
+        table.add_row(*map(Text, cells))
     Console().print(table)
     failed = sum(not item.passed for item in requirements)
     typer.echo(f"{len(requirements)} requirements, {failed} failed")
@@ -146,12 +163,17 @@ def main() -> None:
     """Entry point of the `mergeguard` command."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except MergeguardError as error:
-        _errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        message = str(error)
+    except _UsageError as error:
+        message = error.format_message()  # empty if a command was missing and the help is printed
     except KeyboardInterrupt:
         sys.exit(130)
+    if message.strip():
+        line = f"error: {' '.join(message.splitlines())}"
+        _errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _exit_code(results: Results) -> int:
@@ -171,11 +193,15 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
     elif kind == "protections":
         for name in PROTECTIONS:
             scheme = PROTECTIONS.get(name)
-            about = (scheme.__doc__ or "").strip().splitlines()[0]
-            yield name, _written(dict(scheme.defaults), format_value), f"{about} [{scheme.access.value}]"
+            about = f"{_first_line(scheme)} [{scheme.access.value}]".lstrip()
+            yield name, _written(dict(scheme.defaults), format_value), about
     else:
         for name in WORLDS:
-            yield name, "", (WORLDS.get(name).__doc__ or "").strip().splitlines()[0]
+            yield name, "", _first_line(WORLDS.get(name))
+
+
+def _first_line(item: object) -> str:
+    return (item.__doc__ or "").strip().partition("\n")[0]
 
 
 def _written(parameters: dict[str, bool | int | float | str], show: Callable[..., str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mergeguard.matrix.recorded import Record
 
 OUTCOME, GATE, PLANTED = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
+PART_OF_GATE = "mergeguard_part_of_gate"
+NO_GPU = "tests marked gpu are selected, and there is no CUDA device; deselect them"
 CASE_FIXTURES = ("protection", "merger", "coefficient")
 MARKERS = {
     "gpu": "needs a CUDA device; without one, selecting it is an error",
@@ -76,12 +79,25 @@ def selection(config: pytest.Config) -> Selection:
     return config.stash[SELECTION]
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A wrong option ends the run before it starts, with or without a header."""
+    selection(session.config)
+    folder = session.config.getoption("mergeguard_output")
+    if folder and not hasattr(session.config, "workerinput"):
+        from mergeguard.reports.bundle import prepare_folder
+
+        try:
+            prepare_folder(Path(folder))
+        except MergeguardError as error:
+            raise pytest.UsageError(f"mergeguard: {error}") from error
+
+
 def _select(config: pytest.Config) -> Selection:
     from mergeguard.errors import ParameterError, UnknownNameError
     from mergeguard.matrix.cases import expand, parse_coefficients
     from mergeguard.matrix.recorded import read_records, recorded_file
     from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS
-    from mergeguard.protections.registry import DEFAULT_PROTECTIONS, PROTECTIONS
+    from mergeguard.protections.registry import DEFAULT_PROTECTIONS, make_protection
     from mergeguard.specs import parse_spec
     from mergeguard.worlds.registry import WORLDS
 
@@ -93,9 +109,8 @@ def _select(config: pytest.Config) -> Selection:
     if seed < 0:
         raise ParameterError(f"the seed is {seed}, expected a number from 0 on")
     specs = [parse_spec(text) for text in protections or DEFAULT_PROTECTIONS]
-    for spec in specs:
-        if spec.name not in PROTECTIONS:
-            raise UnknownNameError("protection", spec.name, PROTECTIONS)
+    # Only parameters need the scheme's code, and with it torch: to check them, and to drop those that are defaults.
+    specs = [make_protection(spec).spec if spec.parameters else spec for spec in specs]
     cases = expand(
         specs,
         mergers or DEFAULT_MERGERS,
@@ -118,7 +133,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if all(name in metafunc.fixturenames for name in CASE_FIXTURES):
+    asked = set(metafunc.fixturenames) - _parametrized_by_itself(metafunc)
+    if asked.issuperset(CASE_FIXTURES):
         chosen = selection(metafunc.config)
         metafunc.parametrize(
             CASE_FIXTURES,
@@ -133,13 +149,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 for case in chosen.cases
             ],
             indirect=True,
-            scope="session",
+            scope="function",  # a wider one would have pytest reorder the cases
         )
-    elif "protection" in metafunc.fixturenames:
+    elif asked.issuperset(("protection", "chosen")):  # "protection" alone may be another project's fixture
         schemes = dict.fromkeys(case.protection for case in selection(metafunc.config).cases)
         metafunc.parametrize(
-            "protection", list(schemes), ids=[str(spec) for spec in schemes], indirect=True, scope="session"
+            "protection", list(schemes), ids=[str(spec) for spec in schemes], indirect=True, scope="function"
         )
+
+
+def _parametrized_by_itself(metafunc: pytest.Metafunc) -> set[str]:
+    """Names that the test gives values of its own."""
+    names: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        given = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names.update(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+    return names
 
 
 def _marks(record: Record | None) -> list[pytest.MarkDecorator]:
@@ -149,12 +174,30 @@ def _marks(record: Record | None) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(raises=EvidenceLost, reason=record.reason, strict=not record.on_edge)]
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if any(item.get_closest_marker("gpu") for item in session.items):
-        import torch
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that measure something say so in their reports, whatever they fail by and in whichever process."""
+    for item in items:
+        if {"chosen", "engine"} <= set(getattr(item, "fixturenames", ())):
+            item.user_properties.append((PART_OF_GATE, True))
 
-        if not torch.cuda.is_available():
-            raise pytest.UsageError("tests marked gpu are selected, and there is no CUDA device; deselect them")
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and any(map(_lacks_gpu, session.items)):
+        raise pytest.UsageError(NO_GPU)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Under xdist only workers collect, and a usage error of theirs would be an internal error of the whole run."""
+    if _lacks_gpu(item):
+        pytest.fail(NO_GPU, pytrace=False)
+
+
+def _lacks_gpu(item: pytest.Item) -> bool:
+    if item.get_closest_marker("gpu") is None:
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
 
 
 class Collector:
@@ -164,12 +207,15 @@ class Collector:
         self.config = config
         self.reported: dict[tuple[str, str], str] = {}
         self.problems: list[str] = []
+        self.started = time.perf_counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        parts = [(name, str(value)) for name, value in report.user_properties if name in (OUTCOME, GATE, PLANTED)]
+        properties = [(name, str(value)) for name, value in report.user_properties]
+        parts = [(name, value) for name, value in properties if name in (OUTCOME, GATE, PLANTED)]
         if report.when == "call":
             self.reported.update(dict.fromkeys(parts, report.nodeid))
-        if report.failed and (parts or "test_evidence_survives" in report.nodeid):
+        # A worker that dies leaves no properties.
+        if report.failed and (PART_OF_GATE in dict(properties) or "test_evidence_survives" in report.nodeid):
             self.problems.append(f"{report.nodeid.rpartition('::')[2]} failed")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -183,10 +229,9 @@ class Collector:
             terminalreporter.write_line(line)
         folder = self.config.getoption("mergeguard_output")
         if folder:
-            from mergeguard.reports.bundle import prepare_folder, write_reports
+            from mergeguard.reports.bundle import write_reports
 
             try:
-                prepare_folder(Path(folder))
                 write_reports(results, Path(folder))
             except MergeguardError as error:
                 raise pytest.UsageError(f"mergeguard: {error}") from error
@@ -206,7 +251,7 @@ class Collector:
         )
         if not outcomes:
             return None
-        from mergeguard.matrix.runner import environment
+        from mergeguard.matrix.runner import environment, matched_controls
         from mergeguard.worlds.registry import load_world
 
         return Results(
@@ -215,5 +260,7 @@ class Collector:
             outcomes=tuple(outcomes),
             before_merging=tuple(Gate(**data) for data in parts(GATE)),
             planted=tuple(Planted(**data) for data in parts(PLANTED)),
-            problems=tuple(self.problems),
+            problems=tuple(dict.fromkeys(self.problems)),
+            matched_controls=matched_controls(outcomes),
+            seconds=time.perf_counter() - self.started,
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from filelock import FileLock
 
-from mergeguard.checkpoints.files import PRIVATE, read_tensors, write_bytes, write_tensors
+from mergeguard.checkpoints.files import PRIVATE, file_digest, read_tensors, write_bytes, write_tensors
 from mergeguard.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergeguard")
 ENVIRONMENT_VARIABLE = "MERGEGUARD_CACHE"
+_ADVICE = f"set {ENVIRONMENT_VARIABLE} to a folder that can be written"
 # What decides no measurement: the doors and the reports.
-_NOT_MEASURING = ("cli.py", "pytest_plugin.py", "reports", "testing")
+_NOT_MEASURING = ("cli.py", "pytest_plugin.py", "reports")
 
 
 def cache_folder() -> Path:
@@ -62,9 +63,12 @@ class Cache:
     def data(self, kind: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """The JSON data of an entry, made by `make` if there is none.
 
+        Fresh data too is what JSON makes of it (lists for tuples), so that a result cannot depend on the cache.
+
         Args:
             kind: a word for the folder, e.g. "outcome".
             key: everything that decides the content, as JSON data; the code's version is added.
+            make: gives JSON data other than None, which stands for "no entry".
 
         Raises:
             CheckpointError: the cache folder cannot be written.
@@ -75,7 +79,7 @@ class Cache:
             with self._locked(path):
                 found = self._read(path)
                 if found is None:
-                    found = make()
+                    found = _as_json(make())
                     self._write(path, found)
         return found
 
@@ -89,9 +93,9 @@ class Cache:
             with self._locked(path):
                 found = self._read_tensors(path)
                 if found is None:
-                    found = make()
-                    write_tensors(path.with_suffix(".safetensors"), found[0], PRIVATE)
-                    self._write(path, found[1])
+                    tensors, data = make()
+                    found = tensors, _as_json(data)
+                    self._write(path, found[1], tensors)
         return found
 
     def _path(self, kind: str, key: Mapping[str, Any], suffix: str) -> Path:
@@ -101,8 +105,8 @@ class Cache:
     def _read(self, path: Path) -> Any:
         try:
             text = path.read_text()
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None  # if the folder cannot be used at all, taking the lock says so
         except (OSError, UnicodeDecodeError):
             text = ""
         try:
@@ -115,18 +119,27 @@ class Cache:
         return None
 
     def _read_tensors(self, path: Path) -> tuple[Mapping[str, Tensor], Any] | None:
-        data = self._read(path)
-        if data is None:
+        entry = self._read(path)
+        if entry is None:
             return None
+        file = path.with_suffix(".safetensors")
         try:
-            return read_tensors(path.with_suffix(".safetensors")), data
-        except CheckpointError as error:
-            LOG.warning("the cache entry %s is damaged and will be rebuilt: %s", path, error)
-            return None
+            if file_digest(file) == entry["tensors"]:
+                return read_tensors(file), entry["data"]
+        except (OSError, CheckpointError):
+            pass
+        LOG.warning("the cache entry %s is damaged and will be rebuilt", file)
+        return None
 
-    def _write(self, path: Path, data: Any) -> None:
-        entry = json.dumps({"sha256": _checksum(data), "data": data}, allow_nan=False)
-        write_bytes(path, entry.encode(), PRIVATE)
+    def _write(self, path: Path, data: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+        try:
+            if tensors is not None:
+                file = path.with_suffix(".safetensors")
+                write_tensors(file, tensors, PRIVATE)
+                data = {"tensors": file_digest(file), "data": data}
+            write_bytes(path, json.dumps({"sha256": _checksum(data), "data": data}).encode(), PRIVATE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_ADVICE}") from error
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
@@ -136,8 +149,7 @@ class Cache:
             lock.acquire()
         except OSError as error:
             raise CheckpointError(
-                f"cannot write the cache folder {self.folder}: {error.strerror or error}; "
-                f"set {ENVIRONMENT_VARIABLE} to a folder that can be written"
+                f"cannot write the cache folder {self.folder}: {error.strerror or error}; {_ADVICE}"
             ) from error
         try:
             yield
@@ -147,3 +159,7 @@ class Cache:
 
 def _checksum(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _as_json(data: Any) -> Any:
+    return json.loads(json.dumps(data))

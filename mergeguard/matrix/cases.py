@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from mergeguard.errors import ParameterError
-from mergeguard.matrix.outcome import case_id
+from mergeguard.errors import ParameterError, UnknownNameError
+from mergeguard.matrix.outcome import case_id, format_coefficient
 from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS, parse_merger
+from mergeguard.protections.registry import PROTECTIONS
 from mergeguard.specs import Spec, parse_spec
 
 if TYPE_CHECKING:
@@ -55,15 +56,13 @@ def check_coefficients(values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ParameterError: one lies outside [0, 1], is NaN or is repeated, or there is none.
     """
-    if not values:
-        raise ParameterError("no coefficient is given; expected numbers such as 0.1,0.5")
     for value in values:
         if math.isnan(value) or not 0 <= value <= 1:
-            raise ParameterError(f"the coefficient {value:g} is outside [0, 1]")
-    if len(set(values)) != len(values):
-        repeated = next(value for value in values if values.count(value) > 1)
-        raise ParameterError(f"the coefficient {repeated:g} is given more than once")
-    return tuple(sorted(values))
+            raise ParameterError(f"the coefficient {value} is outside [0, 1]")
+    positive = sorted(abs(float(value)) for value in values)  # -0.0 is 0.0
+    # By their written form: .1 + .2 and .3 differ in the last bit, and their cases would share an id.
+    _check_distinct("coefficient", [format_coefficient(value) for value in positive])
+    return tuple(positive)
 
 
 def expand(
@@ -76,18 +75,31 @@ def expand(
 ) -> tuple[Case, ...]:
     """All cases, protections outermost and coefficients innermost; a merger without a coefficient has one case.
 
+    A protection's parameters are not looked at, as that would load its code; `make_protection` checks them.
+
     Raises:
-        UnknownNameError, ParameterError: a name or parameter does not exist, or something is given twice.
+        UnknownNameError: there is no such protection, or no such merger or parameter of it.
+        ParameterError: a coefficient or a merger's parameter is out of its domain, something is given twice, or there
+            is no protection or no merger.
     """
     alphas = check_coefficients(list(coefficients))
     schemes = [parse_spec(item) if isinstance(item, str) else item for item in protections]
     attacks = [parse_merger(item) if isinstance(item, str) else item for item in mergers]
-    for kind, items in (("protection", [str(item) for item in schemes]), ("merger", [str(item) for item in attacks])):
-        if len(set(items)) != len(items):
-            repeated = next(item for item in items if items.count(item) > 1)
-            raise ParameterError(f"the {kind} {repeated} is given more than once")
+    for scheme in schemes:
+        if scheme.name not in PROTECTIONS:
+            raise UnknownNameError("protection", scheme.name, PROTECTIONS)
+    _check_distinct("protection", schemes)
+    _check_distinct("merger", attacks)  # equal with all parameters, however they are written
     return tuple(
         Case(scheme, attack, alpha, world, seed)
         for scheme, attack in product(schemes, attacks)
         for alpha in (alphas if attack.method.takes_coefficient else (None,))
     )
+
+
+def _check_distinct(kind: str, items: Sequence[object]) -> None:
+    if not items:
+        raise ParameterError(f"no {kind} is given; expected at least one")
+    if len(set(items)) != len(items):
+        repeated = next(item for index, item in enumerate(items) if item in items[:index])
+        raise ParameterError(f"the {kind} {repeated} is given more than once")

@@ -145,7 +145,7 @@ class Engine:
         def read_all() -> dict[str, Any]:
             models = {"own": state, **clean_models}
             return {
-                name: _pair_to_json(self._read_pair(protection, evidence, decoys, model))
+                name: _pair_to_json(PairOfReadings(*self.readings(protection, [evidence, decoys], model)))
                 for name, model in models.items()
             }
 
@@ -156,16 +156,17 @@ class Engine:
 
     def read_pair(self, embedded: Embedded, state: State) -> PairOfReadings:
         """The evidence and its decoys, read on the model with the weights `state`."""
+        return PairOfReadings(*self.readings(embedded.protection, [embedded.evidence, embedded.decoys], state))
+
+    def readings(self, protection: Protection, evidences: Sequence[Evidence], state: State) -> list[Reading]:
+        """Several pieces of evidence, read on the model with the weights `state`."""
         with self._threads():
-            return self._read_pair(embedded.protection, embedded.evidence, embedded.decoys, state)
+            model = self._load(state)
+            return [self._read(protection, evidence, model) for evidence in evidences]
 
     def _load(self, state: State) -> PreTrainedModel:
         self._model.load_state_dict(dict(state))
         return self._model
-
-    def _read_pair(self, protection: Protection, evidence: Evidence, decoys: Evidence, state: State) -> PairOfReadings:
-        model = self._load(state)
-        return PairOfReadings(self._read(protection, evidence, model), self._read(protection, decoys, model))
 
     def _read(self, protection: Protection, evidence: Evidence, model: PreTrainedModel) -> Reading:
         references = {name: self._references[name] for name in protection.needs}

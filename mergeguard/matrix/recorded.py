@@ -16,6 +16,8 @@ import tomli_w
 
 from mergeguard.checkpoints.files import write_bytes
 from mergeguard.errors import CheckpointError, EvidenceLost, GateFailed, ParameterError
+from mergeguard.matrix.verdict import KEPT_BY_A_THEFT
+from mergeguard.verification.statistics import fisher_greater
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 UNREVIEWED = "recorded from a run; not yet reviewed"
 MARGIN = 0.15
 """How far the VSR of a recorded loss may move on another machine."""
+THEFT_MARGIN = 0.05
+"""How far a matched control's kept skill may move there."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Record:
     on_edge: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.reason and 0 <= self.low <= self.high <= 1):
+        if type(self.id) is not str or type(self.reason) is not str or type(self.on_edge) is not bool:
+            raise ParameterError(f"{self.id} needs strings as id and reason, and true or false as on_edge")
+        if not (self.reason.strip() and 0 <= self.low <= self.high <= 1):
             raise ParameterError(f"{self.id} needs a reason and a range within [0, 1]")
 
 
@@ -54,15 +60,17 @@ def read_records(path: Path) -> dict[str, Record]:
     """The records of a file by id; none if there is no file.
 
     Raises:
-        CheckpointError: the file is not TOML, or an entry is incomplete or repeated.
+        CheckpointError: the file cannot be read or is not TOML, or an entry is incomplete or repeated.
     """
     if not path.exists():
         return {}
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("loss", [])
-        records = [Record(**entry) for entry in entries]
-    except (tomllib.TOMLDecodeError, TypeError, ParameterError) as error:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        records = [Record(**entry) for entry in document.pop("loss", [])]
+    except (OSError, ValueError, TypeError, ParameterError) as error:
         raise CheckpointError(f"cannot read the recorded losses in {path}: {error}") from error
+    if document:
+        raise CheckpointError(f"{path} has an unknown {next(iter(document))!r}; expected [[loss]] entries alone")
     by_id = {record.id: record for record in records}
     if len(by_id) != len(records):
         raise CheckpointError(f"{path} records a loss twice; each id may occur once")
@@ -134,7 +142,8 @@ def stale(records: Iterable[str], ids: Iterable[str]) -> list[str]:
 def write_records(path: Path, runs: Sequence[Sequence[Outcome]], kept: Mapping[str, Record]) -> list[Record]:
     """Record the losses of one or more runs of the same cases (different seeds), keeping reviewed reasons.
 
-    A cell that is a lost theft in some runs and not in others is on the edge.
+    A cell is on the edge if it is a lost theft in some runs only, or if a VSR in its range would survive, or if the
+    matched control keeps nearly half of the skills: another machine's rounding may then move it.
     """
     by_id: dict[str, list[Outcome]] = {}
     for run in runs:
@@ -143,18 +152,36 @@ def write_records(path: Path, runs: Sequence[Sequence[Outcome]], kept: Mapping[s
     records = []
     for name, outcomes in by_id.items():
         lost = [outcome for outcome in outcomes if outcome.theft and not outcome.survived]
-        if not lost:
+        if not lost and not any(_is_nearly_lost(outcome) for outcome in outcomes):
             continue
         rates = [outcome.rate for outcome in outcomes if outcome.rate is not None] or [0.0, 1.0]
+        high = min(1.0, max(rates) + MARGIN)
         records.append(
             Record(
                 id=name,
                 low=round(max(0.0, min(rates) - MARGIN), 2),
-                high=round(min(1.0, max(rates) + MARGIN), 2),
+                high=round(high, 2),
                 reason=kept[name].reason if name in kept else UNREVIEWED,
-                on_edge=len(lost) < len(outcomes),
+                on_edge=len(lost) < len(outcomes) or any(_would_survive(outcome, high) for outcome in outcomes),
             )
         )
     document: dict[str, Any] = {"loss": [asdict(record) for record in records]}
     write_bytes(path, tomli_w.dumps(document).encode())
     return records
+
+
+def _is_nearly_lost(outcome: Outcome) -> bool:
+    """Whether the cell would be a lost theft if the matched control kept a little more."""
+    kept = min(outcome.skills_kept.values(), default=0.0)
+    return not outcome.survived and KEPT_BY_A_THEFT - THEFT_MARGIN <= kept < KEPT_BY_A_THEFT
+
+
+def _would_survive(outcome: Outcome, rate: float) -> bool:
+    """Whether a VSR of `rate` would beat the worst control at the level."""
+    if outcome.trials is None:
+        return False
+    hits = int(rate * outcome.trials)
+    return all(
+        fisher_greater(hits, outcome.trials, counts.hits or 0, counts.trials or 0) <= outcome.level
+        for counts in outcome.controls.values()
+    )

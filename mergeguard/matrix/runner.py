@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
-from mergeguard.errors import SchemeError
+from mergeguard.errors import MergeguardError, SchemeError
 from mergeguard.matrix import gates
 from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.engine import Engine
-from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results
+from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results, format_coefficient
 from mergeguard.matrix.recorded import Record, expected, problem_of, stale
 from mergeguard.worlds.registry import load_world
 
@@ -106,17 +109,20 @@ def measure(
     }
     total = len(embeds) + len(controls) + 1 + sum(len(jobs) for jobs in waiting.values())
     results: dict[Job, Any] = {}
-    with _pool(workers or available_cores()) as submit:
-        pending: dict[Future[Any], Job] = {submit(job, cache_folder): job for job in [*embeds, *controls, planted]}
-        while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                job = pending.pop(future)
-                results[job] = future.result()
-                if on_progress is not None:
-                    on_progress(_label(job), len(results), total)
-                if job.kind == "embed" and job.protection is not None:
-                    pending.update({submit(later, cache_folder): later for later in waiting[job.protection]})
+
+    def then(job: Job, result: Any) -> list[Job]:
+        """What waits for `job`. Without an embedding nothing else can be measured: its error is theirs."""
+        if job.kind != "embed" or job.protection is None:
+            return []
+        if isinstance(result, SchemeError):
+            results.update(dict.fromkeys(waiting[job.protection], result))
+            return []
+        return waiting[job.protection]
+
+    for job, result in _work_all([*embeds, *controls, planted], then, workers or available_cores(), cache_folder):
+        results[job] = result
+        if on_progress is not None:
+            on_progress(_label(job), len(results), total)
     outcomes = [results[Job("outcome", world, seed, case=case)] for case in cases]
     found, errors = [], []
     for protection in protections:
@@ -177,9 +183,14 @@ def run(
         before_merging=tuple(before),
         planted=tuple(planted),
         problems=tuple(dict.fromkeys(problems)),
-        matched_controls={f"{o.merger_spec}-{o.coefficient}": o.skills_kept for o in outcomes},
+        matched_controls=matched_controls(outcomes),
         seconds=time.perf_counter() - started,
     )
+
+
+def matched_controls(outcomes: Iterable[Outcome]) -> dict[str, Mapping[str, float]]:
+    """What the matched control of each merger and coefficient keeps of each skill."""
+    return {f"{o.merger_spec}-{format_coefficient(o.coefficient)}": o.skills_kept for o in outcomes}
 
 
 def environment() -> dict[str, Any]:
@@ -206,20 +217,48 @@ def _label(job: Job) -> str:
     return f"{job.kind} {job.protection or ''}".rstrip()
 
 
-@contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Future[Any]]]:
-    """A way to submit jobs: to processes, or to this process when one worker is asked for."""
+def _work_all(
+    first: Sequence[Job], then: Callable[[Job, Any], list[Job]], workers: int, cache_folder: Path | None
+) -> Iterator[tuple[Job, Any]]:
+    """Each job with its result, as soon as it is there: first `first`, and what `then` adds to each."""
     if workers == 1:
-        yield _run_here
+        queue = deque(first)
+        while queue:
+            job = queue.popleft()
+            result = work(job, cache_folder)
+            queue.extend(then(job, result))
+            yield job, result
         return
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
     try:
-        yield lambda job, folder: executor.submit(work, job, folder)
+        pending = {executor.submit(work, job, cache_folder): job for job in first}
+        while pending:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                job, result = pending.pop(future), future.result()
+                pending.update({executor.submit(work, later, cache_folder): later for later in then(job, result)})
+                yield job, result
+    except BrokenProcessPool as error:
+        raise MergeguardError(
+            "a worker process died, most often for want of memory; try again with fewer workers"
+        ) from error
+    except BaseException:
+        # Nobody waits for what still runs, which may take minutes. Public from Python 3.14 on: terminate_workers.
+        for process in list((executor._processes or {}).values()):  # noqa: SLF001
+            process.terminate()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_here(job: Job, cache_folder: Path | None) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(work(job, cache_folder))
-    return future
+def _prepare_worker() -> None:
+    """Ctrl-C is for the parent, which ends its workers; a worker whose parent was killed ends by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -67,8 +67,10 @@ def judge(
         null_scores: scores of fresh keys on the merged model, for a score without an exact null.
 
     Raises:
-        UndecidableError: no result could have reached the level.
+        UndecidableError: no result could have reached the level, or there is no control.
     """
+    if not controls:
+        raise UndecidableError("without a control no reading says anything")
     if merged.keys.hits:
         return _judge_counts(merged, {name: pair.counts() for name, pair in controls.items()})
     return _judge_score(merged, controls, null_scores)
@@ -78,7 +80,7 @@ def _judge_counts(merged: PairOfReadings, controls: Mapping[str, Counts]) -> Jud
     trials = merged.keys.trials
     smallest = min(_trials(counts) for counts in controls.values())
     if not can_reach(LEVEL, trials, smallest):
-        enough = smallest_deciding_trials(LEVEL, smallest - trials, per_key_null=1)
+        enough = smallest_deciding_trials(LEVEL, max(0, smallest - trials), per_key_null=1)
         raise UndecidableError(
             f"{trials} trials against {smallest} of a control cannot reach the level {LEVEL:g}; {enough} trials would"
         )
