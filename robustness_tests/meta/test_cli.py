@@ -66,8 +66,8 @@ def mergeguard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Said:
-        with pytest.raises(SystemExit) as caught, monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["mergeguard", *arguments])
+        monkeypatch.setattr(sys, "argv", ["mergeguard", *arguments])
+        with pytest.raises(SystemExit) as caught:
             cli.main()
         captured = capsys.readouterr()
         code = caught.value.code
@@ -124,7 +124,7 @@ def test_losses_are_recorded_on_request(mergeguard: Door, tmp_path: Path) -> Non
 # Wrong inputs
 
 BAD_RUNS = {
-    "protection": (("--protection", "gaussian_prob"), "unknown protection 'gaussian_prob'; did you mean 'gaussian_probe'"),
+    "protection": (("--protection", "gaussian_prob"), "unknown protection 'gaussian_prob'; did you mean"),
     "parameter": (("--protection", "toy(strenght=2)"), "unknown parameter of toy 'strenght'; did you mean 'strength'?"),
     "value": (("--protection", "toy(strength=big)"), "parameter 'strength' of toy is big, expected a value like 3.0"),
     "form": (("--protection", "toy("), "cannot read 'toy('; expected NAME or NAME(key=value,...)"),
@@ -242,11 +242,11 @@ def test_an_interrupt_is_exit_code_130_without_a_traceback(mergeguard: Door, mon
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("mergers", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "density=1.0", "arXiv:2306.01708"]),
+        ("mergers", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "density=1.0", "arXiv:2306."]),
         ("protections", ["gaussian_probe", "instructional_fingerprint", "quantization_watermark", "toy", "[weights]"]),
         ("worlds", ["tiny", "mini"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_registered_is_listed(
     mergeguard: Door, monkeypatch: pytest.MonkeyPatch, kind: str, words: list[str]
 ) -> None:
@@ -293,13 +293,25 @@ def test_a_refused_run_and_the_version_load_no_torch() -> None:
 # Whole processes
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+def start(folder: Path, *options: str, world: str = "mini") -> subprocess.Popen[str]:
     path = os.pathsep.join([str(install(folder / "path")), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, "MERGEGUARD_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "mergeguard", "run", "--world", "mini", "--protection", "gaussian_probe", *options]
+    command = [sys.executable, "-m", "mergeguard", "run", "--world", world, "--protection", "gaussian_probe", *options]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_shipped_world_runs_from_end_to_end(tmp_path: Path) -> None:
+    process = start(tmp_path, "--merger", "linear", "--workers", "2", "--output", "out", world="tiny")
+    printed, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (0, ""), printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["outcomes"]) == 9
+    assert all(outcome["survived"] for outcome in results["outcomes"] if outcome["theft"])
+    assert any(outcome["theft"] for outcome in results["outcomes"])
+    assert all(mistake["caught"] for mistake in results["planted"])
 
 
 @pytest.mark.slow
@@ -318,11 +330,27 @@ def test_two_runs_at_once_on_one_cache_agree(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupt_leaves_no_worker_and_no_traceback(tmp_path: Path) -> None:
     process = start(tmp_path, "--workers", "2")
-    while not (tmp_path / "cache").exists() and process.poll() is None:
-        time.sleep(0.05)  # until the workers work
+    wait_for((tmp_path / "cache").exists)  # the workers work
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "")
-    assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+    for child in children:  # the one that tracks shared resources ends a moment after its parent
+        wait_for(lambda child=child: not is_running(child))
+
+
+def is_running(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError

@@ -23,7 +23,7 @@ from mergeguard.worlds.contract import UPSTREAM
 from robustness_tests.meta.mini_world import DONOR, MINI, TOY, Toy, mini, registered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from mergeguard.worlds.contract import World
@@ -79,12 +79,12 @@ def test_evidence_that_averaging_halves_below_its_threshold_is_lost(engine: Engi
 
 
 def test_parents_have_their_own_skill_and_no_other(engine: Engine) -> None:
-    rates = {model: {name: skill.rate for name, skill in skills.items()} for model, skills in engine.parent_skills.items()}
-    assert rates == {
+    found = engine.parent_skills
+    assert {model: {name: skill.rate for name, skill in skills.items()} for model, skills in found.items()} == {
         "base": {SKILLS[UPSTREAM]: 0, SKILLS[DONOR]: 0},
         UPSTREAM: {SKILLS[UPSTREAM]: 1, SKILLS[DONOR]: 0},
         DONOR: {SKILLS[UPSTREAM]: 0, SKILLS[DONOR]: 1},
-    }  # fmt: skip
+    }
 
 
 def test_a_merge_near_one_parent_is_no_theft(engine: Engine) -> None:

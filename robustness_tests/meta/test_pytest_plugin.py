@@ -71,12 +71,10 @@ def run(pytester: pytest.Pytester, *options: str, world: str = "mini") -> pytest
     return pytester.runpytest_inprocess("-p", "no:cacheprovider", "--world", world, *options)
 
 
-def record(monkeypatch: pytest.MonkeyPatch, folder: Path, id_: str, low: float, high: float, edge: str = "false") -> None:
+def record(patch: pytest.MonkeyPatch, folder: Path, name: str, low: float, high: float, edge: str = "false") -> None:
     path = folder / "records.toml"
-    path.write_text(
-        f'[[loss]]\nid = "{id_}"\nlow = {low}\nhigh = {high}\nreason = "known well"\non_edge = {edge}\n'
-    )  # fmt: skip
-    monkeypatch.setattr(recorded, "recorded_file", lambda _: path)
+    path.write_text(f'[[loss]]\nid = "{name}"\nlow = {low}\nhigh = {high}\nreason = "known well"\non_edge = {edge}\n')
+    patch.setattr(recorded, "recorded_file", lambda _: path)
 
 
 # Selection
@@ -90,8 +88,9 @@ def test_the_header_says_what_is_run(suite: pytest.Pytester) -> None:
 
 
 def test_ids_name_protection_merger_and_coefficient(suite: pytest.Pytester) -> None:
-    options = ("--merger", "ties(normalize=true, density=0.4)", "--merger", "linear", "--coefficient", "0.5,0.1")
-    result = run(suite, "--collect-only", "-q", "--protection", "gaussian_probe", "--protection", "toy(keys=9)", *options)
+    schemes = ("--protection", "gaussian_probe", "--protection", "toy(keys=9)")
+    mergers = ("--merger", "ties(normalize=true, density=0.4)", "--merger", "linear")
+    result = run(suite, "--collect-only", "-q", *schemes, *mergers, "--coefficient", "0.5,0.1")
     collected = [line.partition("::")[2] for line in result.outlines if "::test_evidence" in line]
     assert collected == [
         f"test_evidence_survives[{protection}-{merger}-{coefficient}]"
@@ -255,7 +254,8 @@ def test_the_matrix_is_printed_and_the_reports_are_written(
 def test_gates_and_planted_mistakes_are_part_of_the_summary(suite: pytest.Pytester) -> None:
     for name in ("test_before_merging", "test_controls"):
         suite.makepyfile(**{name: (SUITE / f"{name}.py").read_text()})
-    result = run(suite, "--protection", "toy", "--protection", "toy(fault=harmful)", *LINEAR, "--mergeguard-output", "out")
+    schemes = ("--protection", "toy", "--protection", "toy(fault=harmful)")
+    result = run(suite, *schemes, *LINEAR, "--mergeguard-output", "out")
     result.assert_outcomes(passed=7 + 5 + 2, failed=1, skipped=1)
     result.stdout.fnmatch_lines(
         [
@@ -287,9 +287,7 @@ def test_without_cells_there_is_no_summary(pytester: pytest.Pytester) -> None:
     result.stdout.no_fnmatch_line("*survival matrix*")
 
 
-def test_reports_that_cannot_be_written_at_the_end_are_an_error(
-    fake_suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_that_cannot_be_written_at_the_end_are_an_error(fake_suite: pytest.Pytester) -> None:
     (fake_suite.path / "out" / "report.md").mkdir(parents=True)
     result = run(fake_suite, "--protection", "toy", *LINEAR, "--mergeguard-output", "out")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -299,7 +297,7 @@ def test_reports_that_cannot_be_written_at_the_end_are_an_error(
 # Markers and start-up
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "1"), marks=pytest.mark.slow)], ids=["alone", "xdist"])
 def test_selecting_gpu_tests_without_a_gpu_is_an_error(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: tuple[str, ...]
 ) -> None:
@@ -316,7 +314,7 @@ def test_selecting_gpu_tests_without_a_gpu_is_an_error(
         def test_anywhere(): pass
         """
     )
-    result = run(pytester, "--strict-markers", "-m", "gpu", world="tiny", *workers)
+    result = run(pytester, "--strict-markers", "-m", "gpu", *workers, world="tiny")
     assert result.ret not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     assert "there is no CUDA device; deselect them" in result.stderr.str() + result.stdout.str()
     run(pytester, "-m", "not gpu", world="tiny").assert_outcomes(passed=1, deselected=1)

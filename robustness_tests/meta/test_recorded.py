@@ -265,14 +265,11 @@ def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> Non
         write_records(tmp_path / "absent" / "world.toml", [run_of((LOST, 1, True))], {})
 
 
+cells = st.tuples(st.sampled_from([LOST, SURVIVED]), st.integers(0, 8), st.booleans())
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.tuples(st.sampled_from([LOST, SURVIVED]), st.integers(0, 8), st.booleans()), min_size=3, max_size=3),
-        min_size=1,
-        max_size=3,
-    )
-)
+@given(st.lists(st.lists(cells, min_size=3, max_size=3), min_size=1, max_size=3))
 def test_every_run_that_was_recorded_holds(tmp_path_factory: pytest.TempPathFactory, runs: list[list[tuple]]) -> None:
     path = tmp_path_factory.mktemp("recorded") / "world.toml"
     outcomes = [run_of(*run) for run in runs]

@@ -156,10 +156,8 @@ def test_a_recorded_loss_holds(cache_folder: Path) -> None:
     records = {case.id: Record(case.id, 0.0, 1.0, "too weak for an average")}
     results = run_here([case], cache_folder, records=records)
     assert results.outcomes[0].verdict == LOST
-    assert results.problems == (
-        "gaussian_probe(strength=0.005) is not effective before merging: "
-        f"{results.before_merging[0].measured}; required: survived",
-    )
+    (problem,) = results.problems
+    assert problem.startswith(f"{case.protection} is not effective before merging: score ")
 
 
 def test_progress_counts_every_job_as_it_ends(cache_folder: Path) -> None:
@@ -190,11 +188,11 @@ def fall_asleep(job: Job, folder: Path) -> str:
     return "late"
 
 
-def die(job: Job, folder: Path) -> None:
+def die(*_: object) -> None:
     os._exit(3)
 
 
-def report_signal(job: Job, folder: Path) -> bool:
+def report_signal(*_: object) -> bool:
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
@@ -224,7 +222,7 @@ def test_an_end_in_the_middle_ends_the_workers_too(
 @FORK
 @QUIET_FORK
 def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MergeguardError, match="a worker process died, .* try again with fewer workers"):
+    with pytest.raises(MergeguardError, match=r"a worker process died, .* try again with fewer workers"):
         list(in_processes(monkeypatch, die, tmp_path))
 
 
@@ -248,6 +246,7 @@ next(runner._work_all([runner.Job("embed", "mini", 0)], lambda *_: [], 2, pathli
 
 
 @FORK
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ORPHAN, str(tmp_path)])
     note = tmp_path / "worker"

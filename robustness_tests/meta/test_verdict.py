@@ -137,7 +137,7 @@ def test_a_score_without_an_exact_null_is_ranked_at_one_in_a_thousand() -> None:
     assert judge(scored(3.0), controls, null) == verdict.Judgement(SURVIVED, 1e-3, 1e-3, 1e-3)
     assert judge(scored(3.0), controls, [*null[1:], 3.0]).verdict == LOST
     assert judge(scored(3.0), {**controls, "donor": scored(3.0)}, null).p_value == 1.0
-    with pytest.raises(UndecidableError, match="998 null draws cannot reach 0.001; 999 would"):
+    with pytest.raises(UndecidableError, match=r"998 null draws cannot reach 0\.001; 999 would"):
         judge(scored(3.0), controls, null[1:])
 
 
