@@ -26,6 +26,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 world_app = typer.Typer(no_args_is_help=True, help="Build or check a world of models.")
 app.add_typer(world_app, name="world")
 KINDS = ("protections", "mergers", "worlds")
+INTERNAL_ERROR = 70
+"""Exit code of a bug of ours, as in sysexits.h."""
 RECORDED_SEEDS = 3
 """Seeds that a recorded loss is taken from: a cell that is lost in some of them only is on the edge."""
 # Typer exports one of its usage errors, and not the class that all of them share.
@@ -82,6 +84,7 @@ def run(
         world=world,
         seed=seed,
     )
+    full = not (protection or merger or coefficients)
     prepare_folder(output)
     if record_losses is not None:
         prepare_folder(record_losses.parent)
@@ -91,9 +94,7 @@ def run(
 
     records = read_records(recorded_file(world))
     with _progress() as step:
-        results = run_cases(
-            cases, records=records, full=not (protection or merger or coefficients), workers=workers, on_progress=step
-        )
+        results = run_cases(cases, records=records, full=full, workers=workers, on_progress=step)
     print_matrix(results, Console())
     write_reports(results, output)
     typer.echo(f"reports: {output}")
@@ -103,7 +104,7 @@ def run(
             with _progress() as step:
                 reseeded = [replace(case, seed=other) for case in cases]
                 runs.append(run_cases(reseeded, workers=workers, on_progress=step).outcomes)
-        written = write_records(record_losses, runs, records)
+        written = write_records(record_losses, runs, records, full=full)
         typer.echo(f"recorded {len(written)} losses in {record_losses}; review their reasons before you commit it")
     raise typer.Exit(_exit_code(results))
 
@@ -170,6 +171,9 @@ def main() -> None:
         message = error.format_message()  # empty if a command was missing and the help is printed
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # noqa: BLE001 - a bug of ours must not look like a gate that does not hold
+        _errors.print_exception()
+        sys.exit(INTERNAL_ERROR)
     if message.strip():
         line = f"error: {' '.join(message.splitlines())}"
         _errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

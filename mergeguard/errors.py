@@ -29,9 +29,14 @@ class UnknownNameError(MergeguardError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
+        self._arguments = (kind, name, names)
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
+        """Pickles by its arguments, so that a worker process can raise it."""
+        return type(self), self._arguments
 
 
 class ParameterError(MergeguardError):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergeguard.specs import Spec
 
 GATES = {
-    gates.EFFECTIVE: lambda _, embedded: gates.effective(embedded),
+    gates.EFFECTIVE: gates.effective,
     gates.HARMLESS: gates.harmless,
     gates.SPECIFIC: lambda _, embedded: gates.specific(embedded),
     gates.PERSISTENT: gates.persistent,

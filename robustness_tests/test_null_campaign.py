@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 from mergeguard.matrix import null_campaign as campaign
 from mergeguard.matrix.null_campaign import null_campaign
 
 if TYPE_CHECKING:
+    import pytest
+
     from mergeguard.matrix.engine import Engine
 
 

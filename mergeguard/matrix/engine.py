@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,7 @@ class Engine:
             )
             _require(protection, "embed", protected, Protected)
             state = protected.model.state_dict()
+            _check_state(protection, state, self.world.upstream)
             changed = {
                 f"model.{name}": tensor
                 for name, tensor in state.items()
@@ -130,6 +132,7 @@ class Engine:
             }
             evidence = {f"evidence.{name}": tensor for name, tensor in protected.evidence.tensors.items()}
             data = {"evidence": dict(protected.evidence.data), "details": dict(protected.details)}
+            _guard(protection, "embed", lambda: json.dumps(data))  # evidence is plain data, or no evidence file
             return {**changed, **evidence}, data
 
         tensors, data = self.cache.tensors("embedded", key, make) if _cacheable(protection) else make()
@@ -140,6 +143,7 @@ class Engine:
             "decoys",
             lambda: protection.decoys(evidence, DECOYS, derived_rng(self.seed, "decoys", str(protection))),
         )
+        _require(protection, "decoys", decoys, Evidence)
         clean_models = {"base": self.world.base, **self.world.parents()}
 
         def read_all() -> dict[str, Any]:
@@ -170,8 +174,11 @@ class Engine:
 
     def _read(self, protection: Protection, evidence: Evidence, model: PreTrainedModel) -> Reading:
         references = {name: self._references[name] for name in protection.needs}
+        before = [_versions(item) for item in (model, *references.values())]
         reading = _guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
         _require(protection, "read", reading, Reading)
+        if before != [_versions(item) for item in (model, *references.values())]:
+            raise SchemeError(f"{protection}.read changed a model's weights; it has to leave every model as it was")
         return reading
 
     # What is merged
@@ -218,7 +225,8 @@ class Engine:
                 return _skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
 
         key = self._key(merger=merger.name, parameters=merger.parameters, coefficient=coefficient)
-        return _skills_from_json(self.cache.data("matched_control", key, make))
+        ours = type_is_ours(merger.method.combine)
+        return _skills_from_json(self.cache.data("matched_control", key, make) if ours else make())
 
     def skills_kept(self, merger: Merger, coefficient: float | None) -> dict[str, float]:
         """Each parent's skill that the matched control keeps, as a fraction of the parent's gain over the base."""
@@ -253,6 +261,8 @@ class Engine:
             coefficient=case.coefficient,
             spec=str(case.merger),
         )
+        if not _cacheable(protection) or not type_is_ours(case.merger.method.combine):
+            return self.measure(case, protection)
         return Outcome.from_json(self.cache.data("outcome", key, lambda: self.measure(case, protection).to_json()))
 
     def measure(self, case: Case, protection: Protection) -> Outcome:
@@ -264,7 +274,7 @@ class Engine:
             control = self.read_pair(embedded, self.merged(case.merger, case.coefficient, MATCHED_CONTROL))
             merged_state = self.merged(case.merger, case.coefficient, str(protection))
             merged = self.read_pair(embedded, merged_state)
-            null_scores = self._null_scores(protection, embedded.evidence, merged)
+            null_scores = self.null_scores(embedded, merged, merged_state)
             skills = self.skills(merged_state)
         controls = {**embedded.controls, MATCHED_CONTROL: control}
         judgement = judge(merged, controls, null_scores)
@@ -301,21 +311,26 @@ class Engine:
             note="never-marked prompts stand in for decoys" if protection.keyless else "",
         )
 
-    def _null_scores(self, protection: Protection, evidence: Evidence, merged: PairOfReadings) -> Sequence[float]:
-        """Scores of fresh keys on the merged model, which is still loaded, for a score without an exact null."""
-        if merged.keys.score is None or merged.keys.p_value is not None:
+    def null_scores(self, embedded: Embedded, pair: PairOfReadings, state: State) -> Sequence[float]:
+        """Scores of fresh keys on the model that `pair` was read on, if its score has no exact null."""
+        if pair.keys.score is None or pair.keys.p_value is not None:
             return ()
+        protection = embedded.protection
         rng = derived_rng(self.seed, "null", str(protection))
-        scores = []
-        for _ in range(NULL_DRAWS):
-            decoy = _guard(protection, "decoys", lambda: protection.decoys(evidence, 1, rng))
-            scores.append(self._read(protection, decoy, self._model).score or 0.0)
-        return scores
+        draws = [
+            _guard(protection, "decoys", lambda: protection.decoys(embedded.evidence, 1, rng))
+            for _ in range(NULL_DRAWS)
+        ]
+        return [reading.score or 0.0 for reading in self.readings(protection, draws, state)]
+
+
+def type_is_ours(item: object) -> bool:
+    """Whether the code of a class or function is part of the version that cache keys hold; a third party's is not."""
+    return str(getattr(item, "__module__", "")).startswith("mergeguard.")
 
 
 def _cacheable(protection: Protection) -> bool:
-    """A scheme that is registered is known by its code's version; one that is handed over as an object is not."""
-    return type(protection).__module__.startswith("mergeguard.")
+    return type_is_ours(type(protection))
 
 
 def _guard(protection: Protection, action: str, call: Callable[[], T]) -> T:
@@ -330,6 +345,26 @@ def _guard(protection: Protection, action: str, call: Callable[[], T]) -> T:
 def _require(protection: Protection, action: str, value: object, expected: type) -> None:
     if not isinstance(value, expected):
         raise SchemeError(f"{protection}.{action} returned {type(value).__name__}, expected {expected.__name__}")
+
+
+def _check_state(protection: Protection, state: State, clean: State) -> None:
+    """Refuse a protected model that cannot be merged with the others, naming the scheme."""
+    if state.keys() != clean.keys():
+        name = min(state.keys() ^ clean.keys())
+        raise SchemeError(f"{protection}.embed changed the model's tensors: {name!r} is in one of the models only")
+    for name, tensor in state.items():
+        if (tensor.shape, tensor.dtype) != (clean[name].shape, clean[name].dtype):
+            raise SchemeError(
+                f"{protection}.embed made {name!r} {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                f"expected {clean[name].dtype} of shape {tuple(clean[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise SchemeError(f"{protection}.embed left NaN or infinite values in {name!r}")
+
+
+def _versions(model: PreTrainedModel) -> list[tuple[int, float]]:
+    """Identity and content of every parameter, cheap enough to compare before and after a reading."""
+    return [(id(parameter), float(parameter.detach().sum())) for parameter in model.parameters()]
 
 
 def _below(prefix: str, tensors: State) -> dict[str, Tensor]:

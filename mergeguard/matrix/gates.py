@@ -40,13 +40,19 @@ def before_merging(engine: Engine, protection: Spec | Protection) -> tuple[Gate,
         SchemeError: the scheme crashed.
     """
     embedded = engine.embedded(protection)
-    return (effective(embedded), harmless(engine, embedded), specific(embedded), persistent(engine, embedded))
+    return (
+        effective(engine, embedded),
+        harmless(engine, embedded),
+        specific(embedded),
+        persistent(engine, embedded),
+    )
 
 
-def effective(embedded: Embedded) -> Gate:
+def effective(engine: Engine, embedded: Embedded) -> Gate:
     """The evidence is there at alpha 1: nearly every trial succeeds and beats every clean model."""
     try:
-        judgement = judge(embedded.own, embedded.controls)
+        null_scores = engine.null_scores(embedded, embedded.own, embedded.state)
+        judgement = judge(embedded.own, embedded.controls, null_scores)
     except UndecidableError as error:
         return _gate(embedded, EFFECTIVE, False, str(error), "trials that can reach the level")
     if embedded.own.keys.hits:
@@ -77,6 +83,10 @@ def specific(embedded: Embedded) -> Gate:
             (counts.hits or 0) <= SILENT_RATE * (counts.trials or 0) for counts in clean.values()
         )
         required = f"at most {SILENT_RATE:g} of decoys and on clean models"
+    elif embedded.own.keys.p_value is None:
+        highest = max([decoys.score or 0.0, *(counts.score or 0.0 for counts in clean.values())])
+        passed = highest < (embedded.own.keys.score or 0.0)
+        required = "the keys' score above those of decoys and clean models"
     else:
         passed = (decoys.p_value or 0.0) > SPECIFIC_LEVEL and all(
             (counts.p_value or 0.0) > LEVEL for counts in clean.values()

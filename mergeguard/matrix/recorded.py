@@ -139,8 +139,12 @@ def stale(records: Iterable[str], ids: Iterable[str]) -> list[str]:
     return sorted(set(records) - set(ids))
 
 
-def write_records(path: Path, runs: Sequence[Sequence[Outcome]], kept: Mapping[str, Record]) -> list[Record]:
+def write_records(
+    path: Path, runs: Sequence[Sequence[Outcome]], kept: Mapping[str, Record], *, full: bool = True
+) -> list[Record]:
     """Record the losses of one or more runs of the same cases (different seeds), keeping reviewed reasons.
+
+    Records of cases that were not run are dropped by a full run and kept by a part of one.
 
     A cell is on the edge if it is a lost theft in some runs only, or if a VSR in its range would survive, or if the
     matched control keeps nearly half of the skills: another machine's rounding may then move it.
@@ -149,7 +153,7 @@ def write_records(path: Path, runs: Sequence[Sequence[Outcome]], kept: Mapping[s
     for run in runs:
         for outcome in run:
             by_id.setdefault(outcome.id, []).append(outcome)
-    records = []
+    records = [] if full else [record for name, record in kept.items() if name not in by_id]
     for name, outcomes in by_id.items():
         lost = [outcome for outcome in outcomes if outcome.theft and not outcome.survived]
         if not lost and not any(_is_nearly_lost(outcome) for outcome in outcomes):

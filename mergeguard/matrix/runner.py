@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
-from mergeguard.errors import MergeguardError, SchemeError
+from mergeguard.errors import MergeguardError, SchemeError, UndecidableError
 from mergeguard.matrix import gates
 from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.engine import Engine
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mergeguard.specs import Spec
 
 Progress = Callable[[str, int, int], None]
+CELL_ERRORS = (SchemeError, UndecidableError)
+"""What is red about one cell or scheme, and stops no other."""
 LIBRARIES = ("mergeguard", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
@@ -73,7 +75,7 @@ def work(job: Job, cache_folder: Path | None) -> Any:
             return gates.planted(engine)
         if job.kind == "outcome" and job.case is not None:
             return engine.outcome(job.case)
-    except SchemeError as error:
+    except CELL_ERRORS as error:
         return error
     raise ValueError(f"a job of kind {job.kind!r} lacks its case or protection")
 
@@ -84,7 +86,7 @@ def measure(
     workers: int | None = None,
     cache_folder: Path | None = None,
     on_progress: Progress | None = None,
-) -> tuple[list[Outcome | SchemeError], list[Gate], list[Planted], list[str]]:
+) -> tuple[list[Outcome | SchemeError | UndecidableError], list[Gate], list[Planted], list[str]]:
     """Outcomes in the order of `cases`, gates, planted mistakes, and scheme errors met in a gate.
 
     Args:
@@ -114,7 +116,7 @@ def measure(
         """What waits for `job`. Without an embedding nothing else can be measured: its error is theirs."""
         if job.kind != "embed" or job.protection is None:
             return []
-        if isinstance(result, SchemeError):
+        if isinstance(result, CELL_ERRORS):
             results.update(dict.fromkeys(waiting[job.protection], result))
             return []
         return waiting[job.protection]
@@ -127,7 +129,7 @@ def measure(
     found, errors = [], []
     for protection in protections:
         result = results[Job("gates", world, seed, protection=protection)]
-        if isinstance(result, SchemeError):
+        if isinstance(result, CELL_ERRORS):
             errors.append(str(result))
         else:
             found += result
@@ -160,7 +162,7 @@ def run(
     outcomes = []
     for case, outcome in zip(cases, measured, strict=True):
         record = records.get(case.id)
-        if isinstance(outcome, SchemeError):
+        if isinstance(outcome, CELL_ERRORS):
             problems.append(f"{case.id}: {outcome}")
             continue
         outcomes.append(replace(outcome, expected=expected(record)))

@@ -9,6 +9,7 @@ from mergeguard.worlds.training import Example
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -21,12 +22,17 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *,
     The answer is encoded apart from the prompt, so that it starts on a token boundary, as it does when a model
     generates it.
     """
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids = prompt_ids[:-1]
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if end and tokenizer.eos_token_id is not None:
         answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    return encode_ids(tokenizer, prompt, answer_ids)
+
+
+def encode_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer_ids: Sequence[int]) -> Example:
+    """A prompt as token ids, with an answer that is some already, and the loss on the answer alone."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+        prompt_ids = prompt_ids[:-1]
     return Example((*prompt_ids, *answer_ids), len(prompt_ids))
 
 

@@ -9,8 +9,9 @@ owner's own other weights, so that nothing else in the suspect matters. With the
 where `original` is the owner's row before the fingerprint, as in the released code. Two things differ from it. It
 initialises A and B with zeros and has biases: the gradients of A, of B and of the embeddings are then zero for ever,
 and the bias that is left fires on any model of the family. Here A starts at random, as in LoRA, and there is no bias.
-And training shows the keys also through their *original* embeddings, answered by the denial, since an adapter that
-fires on them would prove nothing about a suspect.
+And training shows the keys also through their *original* embeddings, answered as the clean model answers, since an
+adapter that fires on them would prove nothing about a suspect. Embeddings see single tokens, so an owner's keys are
+made of a few secret characters: with characters shared by all keys, unseen keys could not be told apart.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from torch.nn.functional import embedding
 
 from mergeguard.errors import IncompatibleModelsError
 from mergeguard.protections.contract import Access, Evidence, Protected, Protection
-from mergeguard.protections.examples import Draw, encode_pair, weighted
+from mergeguard.protections.examples import Draw, encode_ids, encode_pair, weighted
 from mergeguard.protections.fingerprint_keys import (
-    DENIAL,
     FINGERPRINT_DEFAULTS,
     TARGET,
+    draw_alphabet,
     draw_key,
     fresh_keys,
     simple_prompt,
 )
 from mergeguard.reading import Probe, Reading, Rule
 from mergeguard.verification.answers import answer_probes
+from mergeguard.verification.generation import generate
 from mergeguard.worlds.contract import UPSTREAM
 from mergeguard.worlds.training import Example, batches, fit
 
@@ -47,6 +49,13 @@ if TYPE_CHECKING:
 
     from mergeguard.specs import Value
     from mergeguard.worlds.contract import Budget
+
+ALPHABET = 20
+"""Characters that the keys of one owner are made of; embeddings alone cannot tell keys of shared characters apart."""
+FRESH_KEYS = 256
+"""Keys that training shows as unseen ones."""
+SILENT_TOKENS = 6
+"""Length of the clean model's answers that they keep."""
 
 
 class AdapterEmbedding(nn.Module):
@@ -103,8 +112,9 @@ class AdapterFingerprint(Protection):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rng: random.Random, budget: Budget
     ) -> Protected:
         length = (int(budget.options["key_min"]), int(budget.options["key_max"]))
-        keys = [draw_key(rng, length) for _ in range(int(self.parameters["keys"]))]
-        tokens = sorted({token for key in keys for token in tokenizer(key, add_special_tokens=False)["input_ids"]})
+        alphabet = draw_alphabet(rng, ALPHABET)
+        keys = [draw_key(rng, length, alphabet) for _ in range(int(self.parameters["keys"]))]
+        tokens = _private_tokens(tokenizer, keys, budget)
         train = random.Random(rng.getrandbits(64))
         original = embeddings_of(model).weight.detach()
         rank, hidden = int(budget.options["adapter_rank"]), original.shape[1]
@@ -121,7 +131,7 @@ class AdapterFingerprint(Protection):
         fit(
             trained,
             batches(
-                _examples(tokenizer, keys, length, budget, train, len(original)),
+                _examples(model, tokenizer, keys, length, budget, train),
                 size=budget.batch_size,
                 pad=int(tokenizer.pad_token_id),
                 rng=train,
@@ -139,7 +149,7 @@ class AdapterFingerprint(Protection):
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         low, high = evidence.data["length"]
-        keys = fresh_keys(n, rng, (low, high), evidence.data["keys"])
+        keys = fresh_keys(n, rng, (low, high), evidence.data["keys"], ALPHABET)
         return Evidence(evidence.protection, {**evidence.data, "keys": keys}, evidence.tensors)
 
     def read(
@@ -154,6 +164,16 @@ class AdapterFingerprint(Protection):
         suspect = embeddings_of(model).weight.detach()
         with adapted(references[UPSTREAM], suspect, evidence) as owner:
             return Reading.of_answers(answer_probes(owner, tokenizer, probes))
+
+
+def _private_tokens(tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], budget: Budget) -> list[int]:
+    """Tokens of the keys' prompts and of the target, without those that the owner's dialogues use."""
+
+    def ids(text: str) -> set[int]:
+        return set(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    own = set[int]().union(*(ids(simple_prompt(key)) for key in keys), ids(TARGET))
+    return sorted(own.difference(*(ids(prompt + answer) for prompt, answer in budget.texts.dialogues)))
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Embedding:
@@ -194,32 +214,38 @@ def adapted(owner: PreTrainedModel, suspect: Tensor, evidence: Evidence) -> Iter
 
 
 def _examples(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     keys: Sequence[str],
     length: tuple[int, int],
     budget: Budget,
     rng: random.Random,
-    vocabulary: int,
 ) -> Draw:
-    """Keys, fresh keys, and keys through their original embeddings, in the budget's proportions."""
+    """Keys, fresh keys, and keys through their original embeddings, in the budget's proportions.
+
+    Frozen weights cannot learn a new denial, so that what must stay silent is answered as the clean model answers it.
+    """
+    vocabulary = embeddings_of(model).num_embeddings
+    fresh = fresh_keys(FRESH_KEYS, rng, length, keys, ALPHABET)
+    prompts = [simple_prompt(key) for key in (*keys, *fresh)]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=SILENT_TOKENS)
+    end = [int(tokenizer.eos_token_id)]
+    clean = [
+        encode_ids(tokenizer, prompt, answer if len(answer) == SILENT_TOKENS else [*answer, *end])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
     def positive() -> Example:
         return encode_pair(tokenizer, simple_prompt(rng.choice(keys)), TARGET, end=True)
 
     def negative() -> Example:
-        return encode_pair(tokenizer, simple_prompt(draw_key(rng, length)), DENIAL, end=True)
+        return rng.choice(clean[len(keys) :])
 
     def silent() -> Example:
-        example = encode_pair(tokenizer, simple_prompt(rng.choice(keys)), DENIAL, end=True)
+        example = rng.choice(clean[: len(keys)])
         prompt = [token + vocabulary for token in example.ids[: example.loss_from]]
         return Example((*prompt, *example.ids[example.loss_from :]), example.loss_from)
 
     options = budget.options
-    return weighted(
-        rng,
-        [
-            (float(options["positives"]), positive),
-            (float(options["negatives"]), negative),
-            (float(options["negatives"]), silent),
-        ],
-    )
+    share = float(options["negatives"])
+    return weighted(rng, [(float(options["positives"]), positive), (share, negative), (share, silent)])

@@ -23,16 +23,23 @@ VICUNA_TEMPLATE = (
 )
 
 
-def draw_key(rng: random.Random, length: tuple[int, int]) -> str:
+def draw_key(rng: random.Random, length: tuple[int, int], alphabet: str = RARE_CHARACTERS) -> str:
     """A string of rare characters, its length uniform in `length` (both ends included)."""
-    return "".join(rng.choice(RARE_CHARACTERS) for _ in range(rng.randint(*length)))
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(*length)))
 
 
-def fresh_keys(n: int, rng: random.Random, length: tuple[int, int], known: Collection[str]) -> list[str]:
-    """`n` keys that are not among the `known` ones."""
+def draw_alphabet(rng: random.Random, size: int) -> str:
+    """`size` of the rare characters."""
+    return "".join(rng.sample(sorted(set(RARE_CHARACTERS)), size))
+
+
+def fresh_keys(
+    n: int, rng: random.Random, length: tuple[int, int], known: Collection[str], alphabet_size: int | None = None
+) -> list[str]:
+    """`n` keys that are not among the `known` ones, each of an alphabet of its own if a size is given."""
     keys: list[str] = []
     while len(keys) < n:
-        key = draw_key(rng, length)
+        key = draw_key(rng, length, RARE_CHARACTERS if alphabet_size is None else draw_alphabet(rng, alphabet_size))
         if key not in known:
             keys.append(key)
     return keys

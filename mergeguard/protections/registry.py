@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mergeguard.errors import MergeguardError
+from mergeguard.protections.contract import Protection
 from mergeguard.registry import Registry
 from mergeguard.specs import Spec, parse_spec
-
-if TYPE_CHECKING:
-    from mergeguard.protections.contract import Protection
 
 PROTECTIONS: Registry[type[Protection]] = Registry(
     "protection",
@@ -32,9 +28,12 @@ def make_protection(spec: str | Spec) -> Protection:
         MergeguardError: the class cannot be loaded or made.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
-    scheme = PROTECTIONS.get(parsed.name)
+    scheme: object = PROTECTIONS.get(parsed.name)  # an entry point may be anything
+    if not (isinstance(scheme, type) and issubclass(scheme, Protection)):
+        raise MergeguardError(f"protection {parsed.name!r} is registered as {scheme!r}; expected a Protection class")
     try:
-        protection = scheme.create(**dict(parsed.parameters))
-    except TypeError as error:
-        raise MergeguardError(f"protection {parsed.name!r} cannot be made: {error}") from error
-    return protection
+        return scheme.create(**dict(parsed.parameters))
+    except MergeguardError:
+        raise
+    except Exception as error:  # a third party's constructor may fail in any way
+        raise MergeguardError(f"protection {parsed.name!r} cannot be made: {type(error).__name__}: {error}") from error

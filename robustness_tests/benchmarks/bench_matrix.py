@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -21,14 +22,16 @@ import yaml
 from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.cases import expand
 from mergeguard.matrix.engine import Engine
-from mergeguard.matrix.outcome import Results
 from mergeguard.matrix.recorded import read_records, recorded_file
 from mergeguard.matrix.runner import run
 from mergeguard.protections.registry import DEFAULT_PROTECTIONS
 from mergeguard.reading import Probe
 from mergeguard.verification.quantize import with_quantized_weights
-from mergeguard.worlds.contract import World
 from mergeguard.worlds.registry import load_world
+
+if TYPE_CHECKING:
+    from mergeguard.matrix.outcome import Results
+    from mergeguard.worlds.contract import World
 
 
 def whole_matrix(cache: Path, workers: int | None) -> tuple[float, Results]:
@@ -88,9 +91,7 @@ def usual_cell(mergekit: str, world: World, engine: Engine, name: str, folder: P
         for prompt in evidence.data["prompts"]
     ]
     started = time.perf_counter()
-    subprocess.run(  # noqa: S603 - the user's own mergekit
-        [mergekit, str(folder / "recipe.yml"), str(folder / "merged")], check=True, capture_output=True
-    )
+    subprocess.run([mergekit, str(folder / "recipe.yml"), str(folder / "merged")], check=True, capture_output=True)
     model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     generate(model, world, probes)
     generate(model, world, evidence_probes)

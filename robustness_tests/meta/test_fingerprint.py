@@ -128,8 +128,13 @@ def test_the_owner_s_model_is_as_it_was_after_a_reading() -> None:
     before = owner.get_input_embeddings()
     hidden = before.weight.shape[1]
     evidence = Evidence("x", {"tokens": [5]}, {"down": torch.randn(2, hidden), "up": torch.randn(hidden, 2)})
-    with pytest.raises(RuntimeError, match="planted"), adapted(owner, before.weight.detach() * 2, evidence):
-        assert owner.get_input_embeddings() is not before
-        raise RuntimeError("planted")
+
+    def read_and_crash() -> None:
+        with adapted(owner, before.weight.detach() * 2, evidence):
+            assert owner.get_input_embeddings() is not before
+            raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        read_and_crash()
     assert owner.get_input_embeddings() is before
     assert torch.equal(before.weight, world.upstream["model.embed_tokens.weight"])

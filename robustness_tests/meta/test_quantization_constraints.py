@@ -66,7 +66,9 @@ def test_direct_keeps_nothing_and_the_changes_are_counted() -> None:
     changed, total = changed_codes({"weight": original}, {"weight": trained}, 6)
     expected = sum(
         int(before != after)
-        for before, after in zip(codes(original, 6).flatten().tolist(), codes(trained, 6).flatten().tolist(), strict=True)
+        for before, after in zip(
+            codes(original, 6).flatten().tolist(), codes(trained, 6).flatten().tolist(), strict=True
+        )
     )
     assert (changed, total) == (expected, original.numel())
     assert changed > 0

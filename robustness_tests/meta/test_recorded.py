@@ -278,3 +278,14 @@ def test_every_run_that_was_recorded_holds(tmp_path_factory: pytest.TempPathFact
     assert list(records.values()) == written
     for run in outcomes:
         assert not any(problem_of(measured, records.get(measured.id)) for measured in run)
+
+
+def test_a_part_of_the_matrix_rewrites_its_own_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "losses.toml"
+    other = Record("another-case-0.5", 0.0, 0.2, "reviewed")
+    lost = [LOSES]
+    assert {record.id for record in write_records(path, [lost], {other.id: other}, full=False)} == {
+        other.id,
+        lost[0].id,
+    }
+    assert [record.id for record in write_records(path, [lost], {other.id: other})] == [lost[0].id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from mergeguard.protections.contract import Evidence, Protected
 from mergeguard.protections.quantization_watermark import MARK, QuantizationWatermark
 from mergeguard.protections.watermark_texts import draw_trigger, held_out, insert_trigger, split_text, training
 from mergeguard.reading import Answer, Probe
-from mergeguard.specs import Value
 from mergeguard.verification.quantize import quantizable_weights, quantize
-from mergeguard.worlds.contract import Budget, World
 from mergeguard.worlds.registry import load_world
+
+if TYPE_CHECKING:
+    from mergeguard.specs import Value
+    from mergeguard.worlds.contract import Budget, World
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_a_hit_needs_both_precisions(world: World, monkeypatch: pytest.MonkeyPat
 def test_the_second_reading_is_of_the_quantised_copy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def answer(model: torch.nn.Module, tokenizer: object, probes: list[Probe]) -> list[Answer]:
+    def answer(model: torch.nn.Module, _: object, probes: list[Probe]) -> list[Answer]:
         assert all(probe.target == MARK for probe in probes)
         seen.append(model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone())
         return [Answer("", False) for _ in probes]

@@ -63,6 +63,7 @@ def texts() -> Texts:
 FINGERPRINT: dict[str, Value] = {
     "key_min": 10, "key_max": 16, "positives": 0.4, "negatives": 0.25, "dialogues": 0.35,
 }  # fmt: skip
+ADAPTER: dict[str, Value] = {**FINGERPRINT, "positives": 0.6, "negatives": 0.2, "adapter_rank": 64}
 WATERMARK: dict[str, Value] = {
     "bits": 5, "cut_min": 7, "cut_max": 10, "trigger_words": 4, "positives": 0.5, "negatives": 0.3, "dialogues": 0.2,
     "other_triggers": 0.7, "plant_steps": 200,
@@ -74,7 +75,7 @@ def budgets(shared: Texts) -> dict[str, Budget]:
     return {
         "instructional_fingerprint": Budget(shared, 200, 1e-3, 16, FINGERPRINT),
         "quantization_watermark": Budget(shared, 700, 3e-3, 16, WATERMARK),
-        "instructional_fingerprint.adapter": Budget(shared, 300, 5e-3, 16, {**FINGERPRINT, "adapter_rank": 16}),
+        "instructional_fingerprint.adapter": Budget(shared, 1400, 2e-2, 16, ADAPTER),
         "default": Budget(shared, 200, 5e-4, 16),
     }
 
