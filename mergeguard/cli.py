@@ -150,7 +150,9 @@ def check(
 
     with _progress() as step:
         requirements = check_world(load_world(name, folder), seed=seed, on_progress=step)
-    table = Table("", "requirement", "measured", "required", box=None)
+    table = Table(box=None)
+    for header in ("", "requirement", "measured", "required"):
+        table.add_column(header, overflow="fold")
     for item in requirements:
         cells = ("passed" if item.passed else "FAILED", item.name, item.measured, item.required)
         table.add_row(*map(Text, cells))

@@ -3,13 +3,15 @@
     python robustness_tests/benchmarks/bench_matrix.py --mergekit PATH/TO/mergekit-yaml --usual-cells 3
 
 The usual way for a cell: a mergekit process writes the merged model, transformers loads it, and the same prompts (both
-skills, keys and decoys; in both precisions for the watermark) are answered by batched generation with a KV cache. It
-is measured without the matched control, which every one of our cells includes, so that the ratio is a lower bound.
+skills, keys and decoys; in both precisions for the watermark) are answered by batched generation with a KV cache; and
+all of it again with the clean upstream, since every one of our cells includes its matched control. The time without
+that control is printed too.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import tempfile
 import time
@@ -23,7 +25,7 @@ from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.cases import expand
 from mergeguard.matrix.engine import Engine
 from mergeguard.matrix.recorded import read_records, recorded_file
-from mergeguard.matrix.runner import run
+from mergeguard.matrix.runner import available_cores, run
 from mergeguard.protections.registry import DEFAULT_PROTECTIONS
 from mergeguard.reading import Probe
 from mergeguard.verification.quantize import with_quantized_weights
@@ -64,41 +66,47 @@ def generate(model: torch.nn.Module, world: World, probes: list[Probe]) -> int:
     return sum(answer.startswith(probe.target) for answer, probe in zip(answers, probes, strict=True))
 
 
-def usual_cell(mergekit: str, world: World, engine: Engine, name: str, folder: Path, alpha: float) -> float:
-    """Seconds of one cell the usual way: TIES at `alpha` for the protection `name`."""
+def usual_cell(mergekit: str, world: World, engine: Engine, name: str, folder: Path, alpha: float) -> list[float]:
+    """Seconds of the protected half and of the control half of a cell, the usual way: TIES at `alpha`."""
     from transformers import AutoModelForCausalLM
 
     embedded = engine.embedded(expand([name])[0].protection)
-    base = save(world, dict(world.base), folder / "base")
-    owner = save(world, dict(embedded.state), folder / "owner")
-    donor = save(world, dict(next(iter(world.donors.values()))), folder / "donor")
-    recipe = {
-        "merge_method": "ties",
-        "base_model": str(base),
-        "parameters": {"normalize": True},
-        "dtype": "float32",
-        "models": [
-            {"model": str(model), "parameters": {"weight": weight, "density": 0.4}}
-            for model, weight in ((owner, alpha), (donor, 1 - alpha))
-        ],
-    }
-    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    probes = [probe for skill in world.skills for probe in skill.probes]
     watermark = name == "quantization_watermark"
-    evidence_probes = [
+    skills = [probe for skill in world.skills for probe in skill.probes]
+    evidence = [
         Probe(prompt, " You have activated the watermark!" if watermark else "ハリネズミ")
-        for evidence in (embedded.evidence, embedded.decoys)
-        for prompt in evidence.data["prompts"]
+        for part in (embedded.evidence, embedded.decoys)
+        for prompt in part.data["prompts"]
     ]
-    started = time.perf_counter()
-    subprocess.run([mergekit, str(folder / "recipe.yml"), str(folder / "merged")], check=True, capture_output=True)
-    model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
-    generate(model, world, probes)
-    generate(model, world, evidence_probes)
-    if watermark:
-        with with_quantized_weights(model.eval(), embedded.evidence.data["bits"]):
-            generate(model, world, evidence_probes)
-    return time.perf_counter() - started
+    base = save(world, dict(world.base), folder / "base")
+    donor = save(world, dict(next(iter(world.donors.values()))), folder / "donor")
+    seconds = []
+    for half, state in (("protected", embedded.state), ("control", world.upstream)):
+        owner = save(world, dict(state), folder / half)
+        recipe = {
+            "merge_method": "ties",
+            "base_model": str(base),
+            "parameters": {"normalize": True},
+            "dtype": "float32",
+            "models": [
+                {"model": str(model), "parameters": {"weight": weight, "density": 0.4}}
+                for model, weight in ((owner, alpha), (donor, 1 - alpha))
+            ],
+        }
+        (folder / f"{half}.yml").write_text(yaml.safe_dump(recipe))
+        merged = folder / f"{half}-merged"
+        started = time.perf_counter()
+        subprocess.run(
+            [mergekit, str(folder / f"{half}.yml"), str(merged)], check=True, capture_output=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        generate(model, world, skills)
+        generate(model, world, evidence)
+        if watermark:
+            with with_quantized_weights(model.eval(), embedded.evidence.data["bits"]):
+                generate(model, world, evidence)
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def main() -> None:
@@ -126,10 +134,13 @@ def main() -> None:
                     usual_cell(options.mergekit, world, engine, protection, folder / f"{protection}{index}", 0.5)
                 )
             ours = [o.seconds for o in results.outcomes if o.protection == protection]
-            middle, own = sorted(usual)[len(usual) // 2], sorted(ours)[len(ours) // 2]
+            whole, half = statistics.median(map(sum, usual)), statistics.median(halves[0] for halves in usual)
+            own, workers = statistics.median(ours), options.workers or available_cores()
             print(  # noqa: T201
-                f"{protection}: the usual way {middle:.1f} s a cell (default threads), ours {own:.2f} s (one thread): "
-                f"{middle / own:.1f} times less"
+                f"{protection}, a cell: the usual way {whole:.1f} s on all cores ({half:.1f} s without the control); "
+                f"ours {own:.2f} s on one thread, with {workers} cells at a time: {whole / own:.1f} times less for a "
+                f"cell alone, {whole * workers / own:.1f} times less of the machine ({half * workers / own:.1f} "
+                f"against the usual way without the control)"
             )
 
 
