@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mergeguard.checkpoints.files import write_bytes
 from mergeguard.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import os
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8, by way of a file beside it; missing folders are made.
+    """Write `text` to `path` as UTF-8, whole or not at all; missing folders are made.
 
     Raises:
         CheckpointError: the folder cannot be written or is full. The file at `path` is as it was, nothing is left over.
     """
     target = Path(path)
-    # Not tempfile: its files are private to the user, and a report should have the permissions of any other file.
-    draft = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
+        write_bytes(target, text.encode())
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckpointError(f"cannot write {target}: {reason}; choose a folder that can be written") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; choose a folder that can be written") from error

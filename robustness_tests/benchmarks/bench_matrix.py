@@ -96,9 +96,7 @@ def usual_cell(mergekit: str, world: World, engine: Engine, name: str, folder: P
         (folder / f"{half}.yml").write_text(yaml.safe_dump(recipe))
         merged = folder / f"{half}-merged"
         started = time.perf_counter()
-        subprocess.run(
-            [mergekit, str(folder / f"{half}.yml"), str(merged)], check=True, capture_output=True
-        )
+        subprocess.run([mergekit, str(folder / f"{half}.yml"), str(merged)], check=True, capture_output=True)
         model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
         generate(model, world, skills)
         generate(model, world, evidence)

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -199,10 +198,10 @@ def test_a_full_disk_is_one_line_and_exit_code_2(mergeguard: Door, monkeypatch: 
     command = ("run", "--protection", "gaussian_probe", *CELL, "--output", "out")
     assert mergeguard(*command).code == 0
 
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(path: Path, _: bytes) -> None:
+        raise CheckpointError(f"cannot write {path}: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr(writing, "os", SimpleNamespace(fsync=full))
+    monkeypatch.setattr(writing, "write_bytes", full)
     said = mergeguard(*command)
     assert said.only_error.startswith("cannot write out/results.json: No space left on device")
     assert said.code == 2

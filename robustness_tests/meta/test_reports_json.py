@@ -128,7 +128,12 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("step", "code"),
-    [("fsync", errno.ENOSPC), ("replace", errno.EROFS), ("open", errno.EACCES), ("mkdir", errno.EPERM)],
+    [
+        ("os.fsync", errno.ENOSPC),
+        ("pathlib.Path.replace", errno.EROFS),
+        ("tempfile.mkstemp", errno.EACCES),
+        ("pathlib.Path.mkdir", errno.EPERM),
+    ],
 )
 def test_a_failure_at_any_step_is_one_clear_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
@@ -136,7 +141,7 @@ def test_a_failure_at_any_step_is_one_clear_line_and_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("os.fsync" if step == "fsync" else f"pathlib.Path.{step}", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(CheckpointError, match=os.strerror(code)) as caught:
         write_results(build.results(), tmp_path / "results.json")
     assert "\n" not in str(caught.value)
