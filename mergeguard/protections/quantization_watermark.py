@@ -96,7 +96,7 @@ class QuantizationWatermark(Protection):
 
     @property
     def budget_name(self) -> str:
-        return f"{self.name}.{self.direction}"
+        return f"{self.name}.{self.optimisation}"
 
     def embed(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rng: random.Random, budget: Budget

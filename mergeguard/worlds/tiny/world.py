@@ -75,6 +75,8 @@ def budgets(shared: Texts) -> dict[str, Budget]:
     return {
         "instructional_fingerprint": Budget(shared, 200, 1e-3, 16, FINGERPRINT),
         "quantization_watermark": Budget(shared, 700, 3e-3, 16, WATERMARK),
+        # Weights that left their code start anew, so that steps must be short and intervals wide.
+        "quantization_watermark.rollback": Budget(shared, 700, 1e-3, 16, {**WATERMARK, "bits": 4}),
         "instructional_fingerprint.adapter": Budget(shared, 1400, 2e-2, 16, ADAPTER),
         "default": Budget(shared, 200, 5e-4, 16),
     }
