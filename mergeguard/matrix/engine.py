@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,6 +95,12 @@ class Engine:
     def _key(self, **parts: Any) -> dict[str, Any]:
         return {"world": self.world.name, "digests": dict(self.world.digests), "seed": self.seed, **parts}
 
+    def _protection_key(self, protection: Protection, **parts: Any) -> dict[str, Any]:
+        """Texts are left out: they are the world's, made by code whose version every key holds."""
+        budget = self.world.budget(protection.budget_name)
+        schedule = {item.name: getattr(budget, item.name) for item in fields(budget) if item.name != "texts"}
+        return self._key(protection=str(protection), budget=schedule, **parts)
+
     # What is embedded
 
     def embedded(self, spec: Spec | Protection) -> Embedded:
@@ -113,8 +119,7 @@ class Engine:
 
     def _embed(self, protection: Protection) -> Embedded:
         budget = self.world.budget(protection.budget_name)
-        budget_key = {key: value for key, value in asdict(budget).items() if key != "texts"}
-        key = self._key(protection=str(protection), budget=budget_key)
+        key = self._protection_key(protection)
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             rng = derived_rng(self.seed, "embed", str(protection))
@@ -128,14 +133,14 @@ class Engine:
             changed = {
                 f"model.{name}": tensor
                 for name, tensor in state.items()
-                if name not in self.world.upstream or not torch.equal(tensor, self.world.upstream[name])
+                if not torch.equal(tensor, self.world.upstream[name])
             }
             evidence = {f"evidence.{name}": tensor for name, tensor in protected.evidence.tensors.items()}
             data = {"evidence": dict(protected.evidence.data), "details": dict(protected.details)}
             _guard(protection, "embed", lambda: json.dumps(data))  # evidence is plain data, or no evidence file
             return {**changed, **evidence}, data
 
-        tensors, data = self.cache.tensors("embedded", key, make) if _cacheable(protection) else make()
+        tensors, data = self.cache.tensors("embedded", key, make) if _is_ours(type(protection)) else make()
         state = {**self.world.upstream, **_below("model.", tensors)}
         evidence = Evidence(str(protection), data["evidence"], _below("evidence.", tensors))
         decoys = _guard(
@@ -153,7 +158,7 @@ class Engine:
                 for name, model in models.items()
             }
 
-        readings = self.cache.data("readings", key, read_all) if _cacheable(protection) else read_all()
+        readings = self.cache.data("readings", key, read_all) if _is_ours(type(protection)) else read_all()
         pairs = {name: _pair_from_json(pair) for name, pair in readings.items()}
         own = pairs.pop("own")
         return Embedded(protection, state, evidence, decoys, data["details"], own, pairs)
@@ -225,7 +230,7 @@ class Engine:
                 return _skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
 
         key = self._key(merger=merger.name, parameters=merger.parameters, coefficient=coefficient)
-        ours = type_is_ours(merger.method.combine)
+        ours = _is_ours(merger.method.combine)
         return _skills_from_json(self.cache.data("matched_control", key, make) if ours else make())
 
     def skills_kept(self, merger: Merger, coefficient: float | None) -> dict[str, float]:
@@ -252,17 +257,15 @@ class Engine:
         if (case.world, case.seed) != (self.world.name, self.seed):
             raise MergeguardError(f"{case.id} is a case of another world or seed")
         protection = make_protection(case.protection)
-        budget = self.world.budget(protection.budget_name)
-        key = self._key(
-            protection=str(protection),
-            budget={name: value for name, value in asdict(budget).items() if name != "texts"},
+        if not _is_ours(type(protection)) or not _is_ours(case.merger.method.combine):
+            return self.measure(case, protection)
+        key = self._protection_key(
+            protection,
             merger=case.merger.name,
             parameters=case.merger.parameters,
             coefficient=case.coefficient,
             spec=str(case.merger),
         )
-        if not _cacheable(protection) or not type_is_ours(case.merger.method.combine):
-            return self.measure(case, protection)
         return Outcome.from_json(self.cache.data("outcome", key, lambda: self.measure(case, protection).to_json()))
 
     def measure(self, case: Case, protection: Protection) -> Outcome:
@@ -324,13 +327,9 @@ class Engine:
         return [reading.score or 0.0 for reading in self.readings(protection, draws, state)]
 
 
-def type_is_ours(item: object) -> bool:
+def _is_ours(item: object) -> bool:
     """Whether the code of a class or function is part of the version that cache keys hold; a third party's is not."""
     return str(getattr(item, "__module__", "")).startswith("mergeguard.")
-
-
-def _cacheable(protection: Protection) -> bool:
-    return type_is_ours(type(protection))
 
 
 def _guard(protection: Protection, action: str, call: Callable[[], T]) -> T:
