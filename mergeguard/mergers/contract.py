@@ -1,12 +1,14 @@
 """What a merge method is, and a merger: a method with its parameters. No torch is imported here.
 
 A method works on one vector at a time, usually one tensor of the checkpoint, in two steps, so that a sweep over
-weights repeats only the second:
+weights repeats only the second, and so that a large tensor can pass through the processor's cache piece by piece:
 
-    prepared = method.prepare(base, models, parameters, generator)    # e.g. task vectors, trimmed or dropped
-    merged = method.combine(base, prepared, weights, parameters)
+    prepared = method.prepare(base, models, parameters, generators)  # what needs the whole tensor: thresholds, masks
+    for span in spans(base):
+        parts = prepared(span)                                       # e.g. the trimmed task vectors of this span
+        merged = method.combine(part(base, span), parts, weights, parameters)
 
-Both are pure: they change no argument, and are random only through `generator`. A third party registers a `Method`
+All are pure: they change no argument, and are random only through `generators`. A third party registers a `Method`
 under the entry-point group `mergeguard.mergers`, with the method's own name as the entry point's name.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergeguard.errors import ParameterError
 from mergeguard.specs import Spec, Value, check_parameters, format_value
@@ -25,13 +27,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parameters = Mapping[str, Any]
-"""Every parameter of a method by its written name, defaults filled in."""
+"""Every parameter of a method by its written name, defaults filled in; a `per_model` one is a sequence."""
 
 Generators = Callable[[int], "torch.Generator"]
 """The generator of the model at an index: a fresh one each call, seeded by (seed, tensor name, model id)."""
 
-Prepare = Callable[["Tensor", Sequence["Tensor"], Parameters, Generators], "list[Tensor]"]
+Span = slice | None
+"""A range of a tensor's flat elements; `WHOLE` (None) is the tensor itself, in its shape."""
+WHOLE: Span = None
+
+Values = Callable[[Span], "Tensor"]
+"""A tensor that is computed span by span."""
+
+Prepared = Callable[[Span], "list[Tensor]"]
+"""What `prepare` leaves for `combine`, span by span; usually one tensor per model."""
+
+Prepare = Callable[["Tensor", Sequence["Tensor"], Parameters, Generators], Prepared]
 Combine = Callable[["Tensor", Sequence["Tensor"], Sequence[float], Parameters], "Tensor"]
+
+
+def part(tensor: Tensor, span: Span) -> Tensor:
+    """The flat elements of a contiguous tensor in `span`, as a view; the tensor itself for `WHOLE`."""
+    return tensor if span is WHOLE else tensor.view(-1)[span]
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,10 @@ class Parameter:
         meaning: one line, with the source where mergekit and the paper differ.
         choices: the words a string may be.
         above: exclusive lower bound of a number.
+        at_least: inclusive lower bound of a number.
         at_most: inclusive upper bound of a number.
+        below: exclusive upper bound of a number.
+        per_model: whether a recipe may give each model its own value; kernels then get one value per model.
     """
 
     name: str
@@ -52,7 +72,10 @@ class Parameter:
     meaning: str
     choices: tuple[str, ...] = ()
     above: float = -math.inf
+    at_least: float = -math.inf
     at_most: float = math.inf
+    below: float = math.inf
+    per_model: bool = False
 
     def check(self, owner: str, value: Value) -> None:
         """Refuse a value outside the domain.
@@ -60,42 +83,67 @@ class Parameter:
         Raises:
             ParameterError: always naming the owner, the parameter, the value and what is expected.
         """
-        if isinstance(value, str) and value not in self.choices:
+        if isinstance(value, str):
+            if value in self.choices:
+                return
             expected = f"one of {', '.join(self.choices)}"
-        elif isinstance(value, float) and not (math.isfinite(value) and self.above < value <= self.at_most):
-            bounds = [f"above {self.above:g}"] if self.above > -math.inf else []
-            bounds += [f"at most {self.at_most:g}"] if self.at_most < math.inf else []
-            expected = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
-        else:
+        elif isinstance(value, bool) or self._holds(value):
             return
+        else:
+            bounds = [f"above {self.above:g}"] if self.above > -math.inf else []
+            bounds += [f"at least {self.at_least:g}"] if self.at_least > -math.inf else []
+            bounds += [f"at most {self.at_most:g}"] if self.at_most < math.inf else []
+            bounds += [f"below {self.below:g}"] if self.below < math.inf else []
+            expected = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
         raise ParameterError(f"parameter {self.name!r} of {owner} is {format_value(value)}, expected {expected}")
 
+    def _holds(self, value: float) -> bool:
+        inside = self.above < value < self.below and self.at_least <= value <= self.at_most
+        return math.isfinite(value) and inside
 
-def keep_models(
-    _base: Tensor, models: Sequence[Tensor], _parameters: Parameters, _generator: Generators
-) -> list[Tensor]:
+
+def keep_models(_base: Tensor, models: Sequence[Tensor], _parameters: Parameters, _generators: Generators) -> Prepared:
     """The `prepare` of methods that combine the models as they are."""
-    return list(models)
+    return lambda span: [part(model, span) for model in models]
+
+
+def always(_parameters: Parameters) -> bool:
+    """An `elementwise` that holds whatever the parameters."""
+    return True
+
+
+def never(_parameters: Parameters) -> bool:
+    """An `elementwise` that never holds."""
+    return False
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """A merge method: its tensor maths and what a list or a command line has to know about it.
 
-    `method(density=0.4)` gives a `Merger`. A parameter named `scope` with the choices `tensor` and `model` is known
-    to `merge_models`: with `model`, all floating tensors are merged as one vector, concatenated by sorted name.
+    `method(density=0.4)` gives a `Merger`. Two parameters are known to others than the method: `scope` with the
+    choices `tensor` and `model` (with `model`, all floating tensors are merged as one vector, concatenated by sorted
+    name), and `task_vectors` where `base` is "optional".
 
     Attributes:
         name: the registered name.
         summary: one line for lists.
         citation: the paper.
-        combine: (base, prepared, weights, parameters) -> merged; all tensors of one shape, dtype and device. Without
-            `needs_base`, `base` may be any of the models and is to be ignored.
+        combine: (base, parts, weights, parameters) -> merged, in the base's shape and dtype; all tensors of one
+            shape, dtype and device. Without an ancestor, `base` may be any of the models and is to be ignored.
         parameters: in mergekit's names where mergekit has them.
-        prepare: (base, models, parameters, generator) -> prepared; whatever does not depend on the weights.
-        needs_base: whether the models are merged as differences from a base.
+        prepare: (base, models, parameters, generators) -> prepared; whatever does not depend on the weights. Tensors
+            are contiguous and in their shape.
+        elementwise: whether, with these parameters, each element of the merged tensor depends only on the same
+            element of the base and the parts; `combine` is then called span by span, else once with `WHOLE`.
+        base: "ancestor": the models are merged as differences from it; "none": there is none; "optional": an ancestor
+            if the parameter `task_vectors` is true; "primary": none, but the first model has a part of its own, and
+            is what mergekit's recipes call base_model.
+        weighting: "weight": one per model; "t": two models, with weights (1 - t, t); "none": the method has no
+            weights, and its cells no coefficient.
         random: whether `prepare` draws.
-        takes_coefficient: whether the method has a weight per model; without, its cells have no coefficient.
+        min_models: how many models it needs at least, the ancestor not counted.
+        max_models: how many it can merge, or None.
     """
 
     name: str
@@ -104,13 +152,34 @@ class Method:
     combine: Combine
     parameters: tuple[Parameter, ...] = ()
     prepare: Prepare = keep_models
-    needs_base: bool = True
+    elementwise: Callable[[Parameters], bool] = never
+    base: Literal["ancestor", "none", "optional", "primary"] = "ancestor"
+    weighting: Literal["weight", "t", "none"] = "weight"
     random: bool = False
-    takes_coefficient: bool = True
+    min_models: int = 1
+    max_models: int | None = None
 
     @property
     def defaults(self) -> dict[str, Value]:
         return {parameter.name: parameter.default for parameter in self.parameters}
+
+    @property
+    def takes_coefficient(self) -> bool:
+        return self.weighting != "none"
+
+    def check_models(self, count: int) -> None:
+        """Refuse a number of models that the method cannot merge.
+
+        Raises:
+            ParameterError: there are too few or too many.
+        """
+        if count < self.min_models or (self.max_models is not None and count > self.max_models):
+            most = self.max_models
+            expected = f"exactly {most}" if most == self.min_models else f"at least {self.min_models}"
+            if most is not None and most != self.min_models:
+                expected += f" and at most {most}"
+            apart = " beside the base" if self.base == "ancestor" else ""
+            raise ParameterError(f"merger {self.name!r} got {count} models{apart}, expected {expected}")
 
     def __call__(self, **parameters: Value) -> Merger:
         """The method with `parameters`; the others keep their defaults.
@@ -153,6 +222,18 @@ class Merger:
     def parameters(self) -> dict[str, Value]:
         """All parameters, defaults filled in."""
         return dict(self._full)
+
+    def kernel_parameters(self, models: int) -> dict[str, Any]:
+        """All parameters as kernels get them: a `per_model` one once per model."""
+        repeated = {parameter.name for parameter in self.method.parameters if parameter.per_model}
+        return {name: [value] * models if name in repeated else value for name, value in self._full}
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the models are merged as differences from an ancestor."""
+        return self.method.base == "ancestor" or (
+            self.method.base == "optional" and self.parameters["task_vectors"] is True
+        )
 
     @property
     def merges_whole_model(self) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeguard.mergers import task_arithmetic, ties
-from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters
+from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters, Prepared, Values, always
+from mergeguard.mergers.spans import each
 from mergeguard.mergers.sparsify import drop, trim
 from mergeguard.mergers.task_arithmetic import SCALE, task_vectors
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 _CITATION = "Yu et al. 2024, arXiv:2311.03099"
 _PARAMETERS = (
-    Parameter("density", 1.0, "expected share of each task vector that stays, 1 - p", above=0.0, at_most=1.0),
+    Parameter(
+        "density", 1.0, "expected share of each task vector that stays, 1 - p", above=0.0, at_most=1.0, per_model=True
+    ),
     Parameter(
         "rescale",
         "l1",
@@ -27,17 +30,21 @@ _PARAMETERS = (
 )
 
 
-def _dropped(base: Tensor, models: Sequence[Tensor], parameters: Parameters, generator: Generators) -> list[Tensor]:
+def _dropped(base: Tensor, models: Sequence[Tensor], parameters: Parameters, generators: Generators) -> list[Values]:
     return [
-        drop(delta, parameters["density"], generator(index), rescale=parameters["rescale"])
-        for index, delta in enumerate(task_vectors(base, models))
+        drop(delta, base, density, generators(index), rescale=parameters["rescale"])
+        for index, (delta, density) in enumerate(zip(task_vectors(base, models), parameters["density"], strict=True))
     ]
 
 
-def _dropped_and_trimmed(
-    base: Tensor, models: Sequence[Tensor], parameters: Parameters, generator: Generators
-) -> list[Tensor]:
-    return [trim(delta, parameters["trim"]) for delta in _dropped(base, models, parameters, generator)]
+def _prepare(base: Tensor, models: Sequence[Tensor], parameters: Parameters, generators: Generators) -> Prepared:
+    return each(_dropped(base, models, parameters, generators))
+
+
+def _prepare_trimmed(
+    base: Tensor, models: Sequence[Tensor], parameters: Parameters, generators: Generators
+) -> Prepared:
+    return each([trim(delta, base, parameters["trim"]) for delta in _dropped(base, models, parameters, generators)])
 
 
 DARE_LINEAR = Method(
@@ -46,7 +53,8 @@ DARE_LINEAR = Method(
     citation=_CITATION,
     combine=task_arithmetic.combine,
     parameters=(*_PARAMETERS, Parameter("normalize", False, "divide the weighted sum by the sum of the weights")),
-    prepare=_dropped,
+    prepare=_prepare,
+    elementwise=always,
     random=True,
 )
 
@@ -67,6 +75,7 @@ DARE_TIES = Method(
         ),
         *ties.ELECTION,
     ),
-    prepare=_dropped_and_trimmed,
+    prepare=_prepare_trimmed,
+    elementwise=ties.elementwise,
     random=True,
 )

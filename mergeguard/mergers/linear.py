@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeguard.mergers.contract import Method, Parameter, Parameters
+from mergeguard.mergers.contract import Method, Parameter, Parameters, always
 from mergeguard.mergers.weights import check_normalizable
 
 if TYPE_CHECKING:
@@ -53,5 +53,6 @@ LINEAR = Method(
     citation="Wortsman et al. 2022, arXiv:2203.05482",
     combine=_combine,
     parameters=(Parameter("normalize", True, "divide by the sum of the weights"),),
-    needs_base=False,
+    elementwise=always,
+    base="none",
 )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import CheckpointError, IncompatibleModelsError, ParameterError
+from mergeguard.mergers.contract import WHOLE, part
+from mergeguard.mergers.spans import SPAN, is_finite, spans
 from mergeguard.mergers.sparsify import seeded_generator
 from mergeguard.mergers.weights import check_weights
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mergeguard.mergers.contract import Generators, Merger
+    from mergeguard.mergers.contract import Generators, Merger, Method, Parameters, Prepared
 
 _WHOLE_MODEL = ""  # stands for the tensor name when the model is merged as one vector
 
@@ -36,14 +38,15 @@ def merge_models(
 class Sweep:
     """Models prepared for one merger: called with weights, it gives the merged model.
 
-    What does not depend on the weights (task vectors, trims, masks) is held, about one copy of each model; the base
-    and the models are held by reference and must not be changed meanwhile.
+    What does not depend on the weights (thresholds, masks) is held; the base and the models are held by reference and
+    must not be changed meanwhile.
     """
 
     merger: Merger
     _reference: Mapping[str, Tensor]
     _vectors: Mapping[str, tuple[str, ...]]
-    _prepared: Mapping[str, Sequence[Tensor]]
+    _prepared: Mapping[str, Prepared]
+    _parameters: Parameters
     _models: int
 
     def __call__(self, weights: Sequence[float]) -> dict[str, Tensor]:
@@ -62,15 +65,31 @@ class Sweep:
         merged = {name: tensor.clone() for name, tensor in self._reference.items() if not tensor.is_floating_point()}
         with torch.no_grad():
             for key, names in self._vectors.items():
-                vector = self.merger.method.combine(
-                    _join(self._reference, names), self._prepared[key], weights, self.merger.parameters
-                )
-                if not _is_finite(vector):
+                base = _join(self._reference, names)
+                vector = combine(self.merger.method, base, self._prepared[key], weights, self._parameters)
+                if not is_finite(vector):
                     raise CheckpointError(
                         f"merging {key or 'the model'!r} overflows {vector.dtype}; convert the models to float32 first"
                     )
                 merged.update(_split(vector, names, self._reference))
         return {name: merged[name] for name in self._reference}
+
+
+def combine(
+    method: Method, base: Tensor, prepared: Prepared, weights: Sequence[float], parameters: Parameters
+) -> Tensor:
+    """One merged tensor from what `method.prepare` left: span by span where the method allows, else whole.
+
+    Both give the same bits; spans stay in the processor's cache.
+    """
+    import torch
+
+    if base.numel() <= SPAN or not method.elementwise(parameters):
+        return method.combine(base, prepared(WHOLE), weights, parameters)
+    merged = torch.empty_like(base)
+    for span in spans(base.numel()):
+        part(merged, span).copy_(method.combine(part(base, span), prepared(span), weights, parameters))
+    return merged
 
 
 def prepare_sweep(
@@ -104,7 +123,8 @@ def prepare_sweep(
 
     if not models:
         raise ParameterError(f"merger {merger} got no models to merge")
-    if base is None and merger.method.needs_base:
+    merger.method.check_models(len(models))
+    if base is None and merger.needs_base:
         raise ParameterError(f"merger {merger} merges differences from a base model; give the base")
     ids = [str(index) for index in range(len(models))] if model_ids is None else list(model_ids)
     if len(ids) != len(models) or len(set(ids)) != len(ids):
@@ -119,16 +139,17 @@ def prepare_sweep(
     vectors = (
         {_WHOLE_MODEL: tuple(sorted(floating))} if merger.merges_whole_model else {name: (name,) for name in floating}
     )
+    parameters = merger.kernel_parameters(len(models))
     prepared = {}
     with torch.no_grad():
         for key, names in vectors.items():
             prepared[key] = merger.method.prepare(
                 _join(reference, names),
                 [_join(model, names) for model in models],
-                merger.parameters,
+                parameters,
                 _generators(seed, key, ids),
             )
-    return Sweep(merger, reference, vectors, prepared, len(models))
+    return Sweep(merger, reference, vectors, prepared, parameters, len(models))
 
 
 def _generators(seed: int, tensor: str, ids: Sequence[str]) -> Generators:
@@ -152,23 +173,14 @@ def _check_like(reference: Mapping[str, Tensor], model: Mapping[str, Tensor], la
                 raise IncompatibleModelsError(
                     f"tensor {name!r} of {label} ({tensor.dtype}) differs, and only floating tensors can be merged"
                 )
-        elif not _is_finite(tensor):
+        elif not is_finite(tensor):
             raise CheckpointError(f"tensor {name!r} of {label} holds NaN or infinity; a merge would spread it")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    import torch
-
-    if tensor.numel() == 0:
-        return True
-    smallest, largest = torch.aminmax(tensor)  # one pass without a temporary, and it propagates NaN
-    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
 
 
 def _join(model: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     import torch
 
-    return model[names[0]] if len(names) == 1 else torch.cat([model[name].flatten() for name in names])
+    return model[names[0]].contiguous() if len(names) == 1 else torch.cat([model[name].flatten() for name in names])
 
 
 def _split(vector: Tensor, names: Sequence[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,10 @@ each rounded to it. To merge bfloat16 checkpoints in float32, convert them first
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING
 
-from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters
+from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters, Prepared, Values, always
+from mergeguard.mergers.spans import difference, each
 from mergeguard.mergers.weights import check_normalizable
 
 if TYPE_CHECKING:
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 SCALE = Parameter("lambda", 1.0, "scales the merged task vector, after normalisation")
 
 
-def task_vectors(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+def task_vectors(base: Tensor, models: Sequence[Tensor]) -> list[Values]:
     """theta_i - theta_base (Ilharco et al. 2023, arXiv:2212.04089, section 2)."""
-    return [model - base for model in models]
+    return [difference(model, base) for model in models]
 
 
 def scalars(values: Sequence[float], like: Tensor) -> list[Tensor]:
@@ -34,7 +33,7 @@ def scalars(values: Sequence[float], like: Tensor) -> list[Tensor]:
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum in the order given, accumulated in at least float32 and rounded once to the tensors' dtype.
+    """The sum in the order given, accumulated in at least float32 and rounded once to the tensors' dtype; a new tensor.
 
     `torch.sum` over a stack agrees bit for bit up to four tensors; from five on its order depends on an element's
     position in memory, which would make a result depend on the number of threads.
@@ -42,7 +41,10 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
     accumulator = torch.promote_types(tensors[0].dtype, torch.float32)
-    return reduce(add, (tensor.to(accumulator) for tensor in tensors)).to(tensors[0].dtype)
+    result = tensors[0].to(accumulator, copy=True)
+    for tensor in tensors[1:]:
+        result += tensor.to(accumulator)
+    return result.to(tensors[0].dtype)
 
 
 def task_arithmetic(
@@ -77,8 +79,8 @@ def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], pa
     return task_arithmetic(base, deltas, weights, scale=parameters["lambda"], normalize=parameters["normalize"])
 
 
-def _prepare(base: Tensor, models: Sequence[Tensor], _parameters: Parameters, _generator: Generators) -> list[Tensor]:
-    return task_vectors(base, models)
+def _prepare(base: Tensor, models: Sequence[Tensor], _parameters: Parameters, _generators: Generators) -> Prepared:
+    return each(task_vectors(base, models))
 
 
 TASK_ARITHMETIC = Method(
@@ -88,4 +90,5 @@ TASK_ARITHMETIC = Method(
     combine=combine,
     parameters=(SCALE, Parameter("normalize", False, "divide the weighted sum by the sum of the weights")),
     prepare=_prepare,
+    elementwise=always,
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters
+from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters, Prepared
+from mergeguard.mergers.spans import each
 from mergeguard.mergers.sparsify import trim
 from mergeguard.mergers.task_arithmetic import SCALE, scalars, task_vectors, total
 from mergeguard.mergers.weights import check_normalizable
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-DENSITY = Parameter("density", 1.0, "share of each task vector that stays", above=0.0, at_most=1.0)
+DENSITY = Parameter("density", 1.0, "share of each task vector that stays", above=0.0, at_most=1.0, per_model=True)
 ELECTION = (
     Parameter(
         "scope", "tensor", "what is one vector: each tensor (mergekit) or the whole model (paper)", ("tensor", "model")
@@ -73,27 +74,33 @@ def ties(
 
     factors = scalars(weights, base)
     weighted = [delta * factor for delta, factor in zip(deltas, factors, strict=True)]
-    positive = elect(weighted, zero_sign)
-    agrees = [torch.where(positive, entry > 0, entry < 0) for entry in weighted]
-    mixed = total([entry * agree for entry, agree in zip(weighted, agrees, strict=True)])
+    sign = elect(weighted, zero_sign)
+    # Comparisons into floats and a product with +-1 are exact, and vectorised where masks of bool are not.
+    agreeing = [torch.relu(entry.mul_(sign)) for entry in weighted]
+    mixed = total(agreeing).mul_(sign)
     if normalize:
         if divisor == "weights":
             check_normalizable(weights)
         shares = factors if divisor == "weights" else scalars([1.0] * len(weights), base)
-        sums = total([agree * share for agree, share in zip(agrees, shares, strict=True)])
-        mixed = mixed / torch.where(sums == 0, 1, sums)
+        sums = total([entry.gt_(0).mul_(share) for entry, share in zip(agreeing, shares, strict=True)])
+        mixed /= sums.add_(torch.eq(sums, 0, out=torch.empty_like(sums)))
     return base + mixed * scale
 
 
 def elect(weighted: Sequence[Tensor], zero_sign: str) -> Tensor:
-    """Where the elected sign is +, as a bool tensor; see `ties`."""
+    """The elected sign, 1 or -1 in the tensors' dtype; see `ties`."""
     import torch
 
     sums = total(weighted)
     if zero_sign == "positive":
-        return sums >= 0
-    majority = torch.count_nonzero(sums > 0) >= torch.count_nonzero(sums < 0)
-    return torch.where(sums == 0, majority, sums > 0)
+        return torch.ge(sums, 0, out=sums).mul_(2).sub_(1)
+    majority = 1 if torch.count_nonzero(sums > 0) >= torch.count_nonzero(sums < 0) else -1
+    return torch.where(sums == 0, majority, sums.sign())
+
+
+def elementwise(parameters: Parameters) -> bool:
+    """Whether a position's sign is elected at that position alone."""
+    return bool(parameters["zero_sign"] == "positive")
 
 
 def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], parameters: Parameters) -> Tensor:
@@ -108,8 +115,13 @@ def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], pa
     )
 
 
-def _prepare(base: Tensor, models: Sequence[Tensor], parameters: Parameters, _generator: Generators) -> list[Tensor]:
-    return [trim(delta, parameters["density"], rescale=parameters["rescale"]) for delta in task_vectors(base, models)]
+def _prepare(base: Tensor, models: Sequence[Tensor], parameters: Parameters, _generators: Generators) -> Prepared:
+    return each(
+        [
+            trim(delta, base, density, rescale=parameters["rescale"])
+            for delta, density in zip(task_vectors(base, models), parameters["density"], strict=True)
+        ]
+    )
 
 
 TIES = Method(
@@ -127,4 +139,5 @@ TIES = Method(
         *ELECTION,
     ),
     prepare=_prepare,
+    elementwise=elementwise,
 )

@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeguard.errors import ParameterError
-from mergeguard.mergers import merge_models, parse_merger
+from mergeguard.mergers import merge_models, parse_merger, sparsify
+from mergeguard.mergers.contract import WHOLE, part
 from mergeguard.mergers.linear import linear
-from mergeguard.mergers.sparsify import drop, dropout_mask, seeded_generator, trim
+from mergeguard.mergers.sparsify import dropout_mask, seeded_generator
 from mergeguard.mergers.task_arithmetic import task_arithmetic
 from mergeguard.mergers.ties import ties
 
 quick = settings(max_examples=40, deadline=None)
 numbers = st.integers(-16, 16).map(lambda n: n / 8)
+
+
+def trim(delta: torch.Tensor, density: float, **options: str) -> torch.Tensor:
+    return sparsify.trim(lambda span: part(delta, span), delta, density, **options)(WHOLE)
+
+
+def drop(delta: torch.Tensor, density: float, generator: torch.Generator, **options: str) -> torch.Tensor:
+    return sparsify.drop(lambda span: part(delta, span), delta, density, generator, **options)(WHOLE)
 
 
 def vectors(count: int, size: int = 9) -> st.SearchStrategy[list[list[float]]]:

@@ -9,11 +9,12 @@ import torch
 
 from mergeguard.errors import CheckpointError, IncompatibleModelsError, MergeguardError, ParameterError
 from mergeguard.mergers import Method, Parameter, coefficient_weights, merge_models, parse_merger, prepare_sweep
+from mergeguard.mergers.contract import part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mergeguard.mergers.contract import Generators, Parameters
+    from mergeguard.mergers.contract import Generators, Parameters, Prepared
 
 State = dict[str, torch.Tensor]
 BASE: State = {"a": torch.zeros(2, 3), "b": torch.zeros(4), "steps": torch.tensor(7)}
@@ -152,10 +153,11 @@ def test_a_third_partys_method_prepares_once_per_sweep_and_draws_by_tensor_and_m
 
     def prepare(
         base: torch.Tensor, models: Sequence[torch.Tensor], parameters: Parameters, generator: Generators
-    ) -> list[torch.Tensor]:
+    ) -> Prepared:
         prepared.append(len(models))
         noise = [torch.randn(base.shape, generator=generator(index)) for index in range(len(models))]
-        return [model + parameters["noise"] * n for model, n in zip(models, noise, strict=True)]
+        noisy = [model + parameters["noise"] * n for model, n in zip(models, noise, strict=True)]
+        return lambda span: [part(model, span) for model in noisy]
 
     def combine(
         base: torch.Tensor, tensors: Sequence[torch.Tensor], weights: Sequence[float], _parameters: Parameters

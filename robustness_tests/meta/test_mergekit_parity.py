@@ -103,7 +103,7 @@ def mergekit_merge(merger: Merger, folder: Path, weights: tuple[float, ...], out
         ],
         "parameters": shared,
     }
-    if merger.method.needs_base:
+    if merger.needs_base:
         configuration["base_model"] = str(folder / "base")
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
     run_merge(MergeConfiguration.model_validate(configuration), str(output), options)

@@ -1,0 +1,46 @@
+"""Tensors in pieces that fit a processor's cache, which is where the speed of elementwise methods comes from."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mergeguard.mergers.contract import part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from mergeguard.mergers.contract import Prepared, Values
+
+SPAN = 2**15
+"""Elements of a span: a few float32 temporaries of it fit a core's cache, and their memory is reused, not remapped."""
+
+
+def spans(size: int, length: int = SPAN) -> Iterator[slice]:
+    """Slices that cover `size` flat elements in order."""
+    for start in range(0, size, length):
+        yield slice(start, min(start + length, size))
+
+
+def difference(model: Tensor, base: Tensor) -> Values:
+    """The model minus the base, a task vector (Ilharco et al. 2023, arXiv:2212.04089, section 2), in their dtype."""
+    return lambda span: part(model, span) - part(base, span)
+
+
+def each(values: Sequence[Values]) -> Prepared:
+    """What several computed tensors have in a span, as a list."""
+    return lambda span: [value(span) for value in values]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of a floating dtype has neither NaN nor infinity."""
+    import torch
+
+    flat = tensor.reshape(-1)
+    for span in spans(flat.numel()):
+        smallest, largest = torch.aminmax(flat[span])  # one pass without a temporary, and it propagates NaN
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            return False
+    return True
