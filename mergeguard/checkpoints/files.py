@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,25 +70,104 @@ def write_bytes(path: Path, data: bytes, mode: int = PUBLIC) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, and vanishes when it does not.
 
+    The folder is locked for as long as it is written. A killed process leaves it behind, hidden and without the lock;
+    the next writer of the same `out` removes it.
+
     Raises:
-        CheckpointError: `out` exists, or its parent cannot be written.
+        CheckpointError: `out` exists or is being written by another process, its parent cannot be written, or another
+            process wrote `out` meanwhile; `out` is then as the other left it.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already; remove it or choose another folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        _remove_abandoned(out)
+        temporary, lock = _locked_folder(out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
     try:
         yield temporary
         temporary.chmod(0o755)
-        temporary.rename(out)
+        os.fsync(lock)
+        _rename(temporary, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise CheckpointError(
+            f"{out} appeared meanwhile: another process wrote it; this one's files are gone"
+        ) from error
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out` and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=_prefix(out)))
+        with contextlib.suppress(FileNotFoundError):  # another writer may take it for abandoned before it is locked
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            # A shared lock is enough: whoever wants to remove the folder asks for an exclusive one.
+            if _locks(lock, exclusive=False) is not False and folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed writers of `out` left.
+
+    Raises:
+        CheckpointError: a writer of `out` is alive.
+    """
+    prefix = _prefix(out)
+    for name in os.listdir(out.parent):  # noqa: PTH208 - names are all it takes
+        folder = out.parent / name
+        if not name.startswith(prefix) or folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                locked = _locks(lock, exclusive=True)
+                if locked is False:
+                    raise CheckpointError(f"{out} is being written by another process; wait or choose another folder")
+                if locked:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.mergeguard-"
+
+
+def _locks(folder: int, *, exclusive: bool) -> bool | None:
+    """Lock the folder itself, so that no lock file moves with it; the kernel unlocks it when its holder dies.
+
+    Returns:
+        Whether it is locked now; False if another process holds it, None where the file system knows no such locks.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(folder, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

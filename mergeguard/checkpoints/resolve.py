@@ -1,0 +1,50 @@
+"""From what a recipe calls a model to a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mergeguard.checkpoints.inputs import quoted, reason
+from mergeguard.errors import CheckpointError
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+"""What is downloaded of a model: weights that cannot run code, configs, tokenizers and chat templates."""
+HUB_PICKLES = ("*.bin",)
+NOT_FROM_HUB = ("*/*", "consolidated*")
+"""What repositories hold besides: other formats in subfolders, the same weights under Mistral's own names."""
+
+
+def resolve_path(text: str, *, allow_pickle: bool = False) -> Path:
+    """The folder or file that `text` names: a path, or the id of a model on the Hugging Face hub.
+
+    Args:
+        text: a path, absolute or from the current folder, "~" included; if nothing is there and it has the form
+            "organisation/name" or "organisation/name@revision", the hub's model, downloaded or from the hub's cache.
+        allow_pickle: download pickled weights too.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = Path(text).expanduser()
+    try:
+        if text and path.exists():
+            return path
+    except (OSError, ValueError):  # too long, or with a zero byte: no path
+        pass
+    match = _HUB_ID.fullmatch(text)
+    if match is None:
+        raise CheckpointError(f"there is no folder or file {quoted(text)}; expected a path, or a hub id like org/name")
+    import huggingface_hub
+
+    patterns = [*HUB_FILES, *(HUB_PICKLES if allow_pickle else ())]
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            match["id"], revision=match["revision"], allow_patterns=patterns, ignore_patterns=list(NOT_FROM_HUB)
+        )
+    except Exception as error:  # the hub, the network and the cache each raise kinds of their own
+        raise CheckpointError(
+            f"there is no folder {quoted(text)} here, and the hub did not give that model: {reason(error)}"
+        ) from error
+    return Path(snapshot)
