@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mergeguard import __version__
-from mergeguard.errors import MergeguardError, UnknownNameError
+from mergeguard.errors import MergeguardError, ParameterError, UnknownNameError
 
 if TYPE_CHECKING:
     from mergeguard.matrix.outcome import Results
@@ -34,6 +35,7 @@ RECORDED_SEEDS = 3
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 _errors = Console(stderr=True)
+_leave: Callable[[int | None], NoReturn] = sys.exit
 
 
 @app.callback(invoke_without_command=True)
@@ -109,6 +111,81 @@ def run(
     raise typer.Exit(_exit_code(results))
 
 
+@app.command()
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, in mergekit's YAML.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write; it must not exist.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Merge nothing; verify this merged model's files against its manifest.")
+    ] = None,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge once for each weight of the recipe's first model, of which the others share the rest, into "
+            "OUT/0.1 and so on; the inputs are read once."
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        str, typer.Option(help="Where embedding rows differ: refuse, base, truncate or largest.")
+    ] = "refuse",
+    seed: Annotated[int, typer.Option(help="Seed of random masks.", min=0)] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that merge; default: one per core. Never changes a byte.", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1, ...")] = "cpu",
+    shard_size: Annotated[str, typer.Option(help="The largest file to write, e.g. 5GB or 200MB.")] = "5GB",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickle checkpoints too.")] = False,
+    allow_duplicate_keys: Annotated[
+        bool, typer.Option("--allow-duplicate-keys", help="Let the last of several equal keys in the recipe count.")
+    ] = False,
+    allow_unrelated: Annotated[
+        bool,
+        typer.Option("--allow-unrelated", help="Merge models of different architectures, or unrelated to the base."),
+    ] = False,
+) -> None:
+    """Merge checkpoints by a recipe, or check a merged one: exit code 1 if its files are not as they were written."""
+    if check is not None:
+        if recipe is not None:
+            raise ParameterError("--check takes one folder and no recipe")
+        raise typer.Exit(_check_merged(check))
+    if recipe is None or out is None:
+        raise ParameterError("expected RECIPE and OUT, e.g. mergeguard merge ties.yml merged; or --check FOLDER")
+    from mergeguard.matrix.cases import parse_coefficients
+    from mergeguard.mergers.merge import Options, merge_checkpoints, parse_size
+
+    options = Options(
+        seed=seed,
+        threads=threads,
+        device=device,
+        coefficients=() if coefficients is None else parse_coefficients(coefficients),
+        vocabulary=vocabulary,
+        allow_pickle=allow_pickle,
+        allow_duplicate_keys=allow_duplicate_keys,
+        allow_unrelated=allow_unrelated,
+        max_shard_bytes=parse_size(shard_size),
+    )
+    with _progress() as step:
+        merged = merge_checkpoints(recipe, out, options, on_progress=step)
+    for warning in merged.warnings:
+        _errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    global _leave  # noqa: PLW0603 - how this process ends is the process's
+    _leave = _leave_at_once
+    written = f"{merged.tensors} tensors, {merged.bytes_written / 1e9:.2f} GB"
+    for folder in merged.folders:
+        typer.echo(f"merged: {folder}")
+    typer.echo(f"{written} in {merged.seconds:.1f} s")
+
+
+def _check_merged(folder: Path) -> int:
+    from mergeguard.checkpoints.manifest import check_manifest
+
+    problems = check_manifest(folder)
+    for problem in problems:
+        typer.echo(problem)
+    typer.echo(f"{folder}: {len(problems)} problems" if problems else f"{folder}: every file is as it was written")
+    return 1 if problems else 0
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(help="protections, mergers or worlds")],
@@ -166,7 +243,8 @@ def main() -> None:
     """Entry point of the `mergeguard` command."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        _leave(code)
     except MergeguardError as error:
         message = str(error)
     except _UsageError as error:
@@ -180,6 +258,14 @@ def main() -> None:
         line = f"error: {' '.join(message.splitlines())}"
         _errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+def _leave_at_once(code: int | None) -> NoReturn:
+    """End without tearing down torch, which takes as long as merging a small model."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _exit_code(results: Results) -> int:

@@ -114,7 +114,7 @@ def _position(values: Values, size: int, candidate: int, lengths: list[int], key
     """The flat index of the candidate at a position among all candidates, which are in flat order."""
     import numpy as np
 
-    if len(lengths) == 1:  # the candidates are the tensor
+    if sum(lengths) == size:  # the candidates are the tensor
         return candidate
     passed = 0
     for span, length in zip(spans(size), lengths, strict=True):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from mergeguard.mergers.contract import Prepared, Values
 
-SPAN = 2**15
-"""Elements of a span: a few float32 temporaries of it fit a core's cache, and their memory is reused, not remapped."""
+SPAN = 2**17
+"""Elements of a span: small enough for a processor's cache, large enough for starting an operation to cost little."""
 
 
 def spans(size: int, length: int = SPAN) -> Iterator[slice]:
@@ -41,6 +41,6 @@ def is_finite(tensor: Tensor) -> bool:
     flat = tensor.reshape(-1)
     for span in spans(flat.numel()):
         smallest, largest = torch.aminmax(flat[span])  # one pass without a temporary, and it propagates NaN
-        if not (math.isfinite(smallest) and math.isfinite(largest)):
+        if not (math.isfinite(smallest.item()) and math.isfinite(largest.item())):
             return False
     return True

@@ -10,10 +10,14 @@ from mergeguard.mergers.selection import largest
 from mergeguard.mergers.spans import spans
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
     from mergeguard.mergers.contract import Span, Values
+
+    Keep = Callable[[Tensor, Span], Tensor]
 
 _SMALLEST_NORM = 1e-7  # as mergekit 0.1.5: a smaller L1 norm is left as it is
 _NORM_PART = 2**14  # below 2**15 elements torch sums in one thread, so that a norm does not depend on the thread count
@@ -43,11 +47,7 @@ def trim(delta: Values, like: Tensor, density: float, *, rescale: str = "none") 
     if density >= 1 or size == 0:
         return delta
     top = largest(delta, size, max(1, int(density * size)))
-
-    def kept(span: Span) -> Tensor:
-        return top.keep(delta(span), span)
-
-    return rescaled(delta, kept, like, density, rescale)
+    return rescaled(delta, top.keep, like, density, rescale)
 
 
 def dropout_mask(shape: torch.Size, density: float, generator: torch.Generator) -> Tensor:
@@ -87,47 +87,66 @@ def masked(delta: Values, like: Tensor, mask: Tensor, density: float, rescale: s
 
     factors = mask.view(torch.uint8).to(like.device)  # multiplies several times faster than bool
 
-    def kept(span: Span) -> Tensor:
-        return delta(span) * part(factors, span)
+    def keep(values: Tensor, span: Span) -> Tensor:
+        return values * part(factors, span)
 
-    return rescaled(delta, kept, like, density, rescale)
+    return rescaled(delta, keep, like, density, rescale)
 
 
-def rescaled(delta: Values, kept: Values, like: Tensor, density: float, rescale: str) -> Values:
-    """What was kept of a task vector, times a factor.
+def rescaled(delta: Values, keep: Keep, like: Tensor, density: float, rescale: str) -> Values:
+    """What is kept of a task vector, times a factor.
 
     Float16 is computed in float32, whose norms do not overflow. Norms are summed in parts of 16,384 elements, the same
     for any number of threads; over larger tensors mergekit's last bits depend on its threads, and may differ from ours.
 
     Args:
         delta: the task vector.
-        kept: the same with 0 for what was dropped.
-        like: a tensor of their shape, dtype and device.
+        keep: gives its values in a span, with 0 for what is dropped.
+        like: a tensor of its shape, dtype and device.
         density: the share meant to stay.
         rescale: "none"; "inverse": 1 / density, the 1 / (1 - p) of the DARE paper; "l1": the factor that restores the
             L1 norm of `delta`, mergekit 0.1.5's rule, close to the other in expectation.
     """
     import torch
 
+    work = torch.float32 if like.dtype == torch.float16 else like.dtype
+
+    def kept(span: Span) -> Tensor:
+        return keep(delta(span), span)
+
     if rescale == "none":
         return kept
-    work = torch.float32 if like.dtype == torch.float16 else like.dtype
     if rescale == "inverse":
         return lambda span: (kept(span).to(work) / density).to(like.dtype)
-    before, after = _l1_norm(delta, like, work), _l1_norm(kept, like, work)
+    before, after = _l1_norms(delta, keep, like, work)
     if min(before, after) < _SMALLEST_NORM:
         return kept
     factor = before / after
     return lambda span: (kept(span).to(work) * factor).to(like.dtype)
 
 
-def _l1_norm(values: Values, like: Tensor, work: torch.dtype) -> Tensor:
+def _l1_norms(delta: Values, keep: Keep, like: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The L1 norms of a task vector and of what is kept of it."""
     import torch
 
-    accumulator = torch.promote_types(work, torch.float32)
-    sums = [
-        piece.sum(dtype=accumulator)
-        for span in spans(like.numel())
-        for piece in torch.split(values(span).to(work).abs(), _NORM_PART)
-    ]
-    return torch.stack(sums).sum().to(work) if sums else torch.zeros((), dtype=work, device=like.device)
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    for span in spans(like.numel()):
+        values = delta(span)
+        before += _absolute_sums(values.to(work))
+        after += _absolute_sums(keep(values, span).to(work))
+    if not before:
+        zero = torch.zeros((), dtype=work, device=like.device)
+        return zero, zero
+    return torch.cat(before).sum().to(work), torch.cat(after).sum().to(work)
+
+
+def _absolute_sums(values: Tensor) -> list[Tensor]:
+    """Of parts of equal length and of the rest, in at least float32."""
+    import torch
+
+    accumulator = torch.promote_types(values.dtype, torch.float32)
+    whole = len(values) // _NORM_PART * _NORM_PART
+    magnitudes = values.abs()
+    parts = (magnitudes[:whole].view(-1, _NORM_PART), magnitudes[whole:].view(1, -1))
+    return [part.sum(dim=1, dtype=accumulator) for part in parts if part.numel()]

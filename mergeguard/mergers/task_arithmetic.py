@@ -72,7 +72,7 @@ def task_arithmetic(
     if normalize:
         check_normalizable(weights)
         mixed = mixed / total(factors)
-    return base + mixed * scale
+    return base + (mixed if scale == 1 else mixed * scale)
 
 
 def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], parameters: Parameters) -> Tensor:

@@ -73,18 +73,20 @@ def ties(
     import torch
 
     factors = scalars(weights, base)
-    weighted = [delta * factor for delta, factor in zip(deltas, factors, strict=True)]
+    # In float32 16-bit sums are exact before they are rounded once, and cost fewer conversions.
+    wide = torch.promote_types(base.dtype, torch.float32)
+    weighted = [(delta * factor).to(wide) for delta, factor in zip(deltas, factors, strict=True)]
     sign = elect(weighted, zero_sign)
     # Comparisons into floats and a product with +-1 are exact, and vectorised where masks of bool are not.
-    agreeing = [torch.relu(entry.mul_(sign)) for entry in weighted]
-    mixed = total(agreeing).mul_(sign)
+    agreeing = [entry.mul_(sign).relu_() for entry in weighted]
+    mixed = total(agreeing).mul_(sign).to(base.dtype)
     if normalize:
         if divisor == "weights":
             check_normalizable(weights)
         shares = factors if divisor == "weights" else scalars([1.0] * len(weights), base)
-        sums = total([entry.gt_(0).mul_(share) for entry, share in zip(agreeing, shares, strict=True)])
+        sums = total([entry.gt_(0).mul_(share) for entry, share in zip(agreeing, shares, strict=True)]).to(base.dtype)
         mixed /= sums.add_(torch.eq(sums, 0, out=torch.empty_like(sums)))
-    return base + mixed * scale
+    return base + (mixed if scale == 1 else mixed * scale)
 
 
 def elect(weighted: Sequence[Tensor], zero_sign: str) -> Tensor:
