@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeguard.checkpoints.files import write_bytes
 from mergeguard.checkpoints.inputs import file_stamp, quoted, read_json, reason, refuse
+from mergeguard.checkpoints.special_tokens import with_moved_ids, without_tokens
 from mergeguard.errors import CheckpointError, ParameterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
@@ -33,6 +34,7 @@ VOCABULARIES = (
     *("spiece.model", "sentencepiece.bpe.model", "added_tokens.json"),
 )
 """Older formats of a tokenizer's vocabulary; with a tokenizer.json that was made anew they would contradict it."""
+SPECIAL_MAP = "special_tokens_map.json"
 TEMPLATES = (JINJA, LEGACY_TEMPLATE, "additional_chat_templates/*.jinja")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -59,12 +61,15 @@ class ConfigChanges:
         vocab_size: rows of the embeddings.
         layers: for each layer of the merged model, which layer of its own model it was made from.
         tie_word_embeddings: whether the output embedding is the input embedding.
+        moved_ids: token ids that mean another token in the merged model -> the new id of the token that they meant,
+            None if it has no row.
     """
 
     dtype: str | None = None
     vocab_size: int | None = None
     layers: tuple[int, ...] | None = None
     tie_word_embeddings: bool | None = None
+    moved_ids: Mapping[int, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def plan_companions(
     *,
     tokenizer_from: Path | None,
     tokenizer_json: str | None = None,
+    dropped_tokens: Collection[str] = (),
     chat_template: str | None = None,
     models: Sequence[Path] = (),
 ) -> Companions:
@@ -100,6 +106,8 @@ def plan_companions(
         changes: to the config.
         tokenizer_from: the folder whose tokenizer the merged model gets; None for none.
         tokenizer_json: what to write as tokenizer.json instead of the folder's.
+        dropped_tokens: tokens of the folder's that `tokenizer_json` lacks; where a file names them as special tokens,
+            they would be added again as ids without a row.
         chat_template: "auto" for the most common one of `models`, or the text of a Jinja template; None or "" leaves
             that of the tokenizer.
         models: the folders of all models, in the recipe's order, the base included.
@@ -115,9 +123,15 @@ def plan_companions(
         warnings.append("the base (or first model) has no config.json, so the merged model has none")
     else:
         where = str(source / CONFIG) if source is not None else CONFIG
-        texts[CONFIG] = _json(merged_config(config, changes, where))
+        texts[CONFIG] = _json(_with_moved_ids(merged_config(config, changes, where), changes, where, warnings))
     if source is not None:
         copies |= _find(source, [GENERATION])
+        if GENERATION in copies and (changes.moved_ids or changes.vocab_size is not None):
+            generation = _settings(source, GENERATION)
+            moved = _with_moved_ids(generation, changes, str(source / GENERATION), warnings)
+            if moved != generation:
+                texts[GENERATION] = _json(moved)
+                del copies[GENERATION]
         copies |= _custom_code(source, config or {}, warnings)
     template = choose_chat_template(chat_template, models)
     tokenizer = {} if tokenizer_from is None else _find(tokenizer_from, [FAST, *VOCABULARIES])
@@ -126,14 +140,22 @@ def plan_companions(
         warnings.append(f"the merged model has no tokenizer{' and no chat template' if template else ''}: {found}")
         return Companions(texts, copies, tuple(warnings))
     settings = _settings(tokenizer_from)
-    copies |= tokenizer | _find(tokenizer_from, [SETTINGS, "special_tokens_map.json", *TEMPLATES, *PROCESSORS])
+    copies |= tokenizer | _find(tokenizer_from, [SETTINGS, SPECIAL_MAP, *TEMPLATES, *PROCESSORS])
     copies |= _custom_code(tokenizer_from, settings, warnings)
     replaced: set[str] = set()
     changed = dict(settings)
     if tokenizer_json is not None:
         texts[FAST] = tokenizer_json.encode()
         replaced |= {FAST} | (tokenizer.keys() - {FAST})
-        changed.pop("added_tokens_decoder", None)  # its ids are those of the tokenizer before
+        if changed.pop("added_tokens_decoder", None) is not None:  # its ids are those of the tokenizer before
+            replaced.add(SPECIAL_MAP)  # without the decoder it would count
+        changed = without_tokens(changed, dropped_tokens, f"{tokenizer_from / SETTINGS}", warnings)
+        if SPECIAL_MAP in copies and SPECIAL_MAP not in replaced:
+            special = _settings(tokenizer_from, SPECIAL_MAP)
+            kept = without_tokens(special, dropped_tokens, f"{tokenizer_from / SPECIAL_MAP}", warnings)
+            if kept != special:
+                texts[SPECIAL_MAP] = _json(kept)
+                replaced.add(SPECIAL_MAP)
     if template is not None and template.strip() != (read_chat_template(tokenizer_from) or "").strip():
         texts[JINJA] = template.encode()
         replaced |= _find(tokenizer_from, TEMPLATES).keys()
@@ -144,6 +166,15 @@ def plan_companions(
         replaced.add(SETTINGS)
     copies = {name: path for name, path in copies.items() if name not in replaced}
     return Companions(texts, copies, tuple(warnings))
+
+
+def _with_moved_ids(
+    config: Mapping[str, Any], changes: ConfigChanges, where: str, warnings: list[str]
+) -> dict[str, Any]:
+    moved = with_moved_ids(config, changes.moved_ids, changes.vocab_size, where, warnings)
+    if isinstance(text := moved.get("text_config"), dict):
+        moved["text_config"] = with_moved_ids(text, changes.moved_ids, changes.vocab_size, where, warnings)
+    return moved
 
 
 def write_companions(out: Path, companions: Companions) -> None:

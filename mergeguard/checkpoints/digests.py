@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-CHUNK = 1 << 20
+CHUNK = 2 << 20
 """Bytes read at a time: they are still in the processor's cache when they are hashed."""
 
 

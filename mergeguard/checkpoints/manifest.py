@@ -58,6 +58,7 @@ def write_manifest(
     inputs: Sequence[MergedInput],
     digests: Mapping[str, str],
     seed: int,
+    options: Mapping[str, Any],
     device: str,
     warnings: Sequence[str] = (),
     ancestor: Mapping[str, Any] | None = None,
@@ -71,6 +72,7 @@ def write_manifest(
         inputs: all models, the base included.
         digests: SHA-256 of files in `folder` that are known already; the others are read.
         seed: of the merge's random masks.
+        options: "coefficient", "vocabulary" and "max_shard_bytes", as in the schema.
         device: kind of device that merged, "cpu" or "cuda".
         warnings: one line each.
         ancestor: what was measured of how the models and their base are related; JSON's types. What is not finite
@@ -102,6 +104,7 @@ def write_manifest(
         "outputs": _entries(folder, known),
         "versions": versions | {name: metadata.version(name) for name in PACKAGES},
         "seed": seed,
+        "options": dict(options),
         "device": device,
         "warnings": list(warnings),
         "ancestor": None if ancestor is None else _finite(ancestor),

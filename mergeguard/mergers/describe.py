@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeguard.checkpoints.companions import CARD, ConfigChanges, model_card, plan_companions, write_companions
 from mergeguard.checkpoints.files import write_bytes
@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 
 
 def output_companions(
-    recipe: Recipe, sources: Sequence[Source], vocabulary: VocabularyPlan, entries: Sequence[Entry]
+    recipe: Recipe,
+    labels: Sequence[str],
+    sources: Sequence[Source],
+    vocabulary: VocabularyPlan,
+    entries: Sequence[Entry],
 ) -> Companions:
     """Read and check what will be copied beside the weights, before a tensor is merged.
 
     Args:
         recipe: see there.
-        sources: of all models, in the order of the plan's inputs.
+        labels: of the plan's inputs.
+        sources: of all models, in that order.
         vocabulary: of the output.
         entries: the output's tensors.
 
@@ -40,11 +45,13 @@ def output_companions(
         CheckpointError: a file cannot be read, or a model is quantised.
         ParameterError: the recipe's chat template is none.
     """
-    first, tokenizer = sources[0], vocabulary.tokenizer
+    tokenizer = vocabulary.tokenizer
+    first = sources[labels.index(recipe.base_model) if recipe.base_model in labels else 0]
     changes = ConfigChanges(
         dtype=_main_dtype(entries),
         vocab_size=vocabulary.rows if vocabulary.changed else None,
         layers=_layers(recipe),
+        moved_ids=vocabulary.moved_ids,
     )
     return plan_companions(
         first.path if first.path.is_dir() else None,
@@ -81,6 +88,7 @@ def describe(
     companions: Companions,
     inputs: Sequence[MergedInput],
     seed: int,
+    options: Mapping[str, Any],
     device: str,
     warnings: Sequence[str],
     ancestry: Ancestry | None,
@@ -96,6 +104,7 @@ def describe(
         companions: what `output_companions` found.
         inputs: what `merged_inputs` found.
         seed: of the random masks.
+        options: for the manifest.
         device: that merged, e.g. "cuda:0".
         warnings: one line each.
         ancestry: the models compared with their base; None if there was nothing to compare.
@@ -120,6 +129,7 @@ def describe(
         inputs=inputs,
         digests=digests,
         seed=seed,
+        options=options,
         device=device.partition(":")[0],
         warnings=warnings,
         ancestor=None if ancestry is None else ancestry.as_json(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from mergeguard.mergers.vocabulary import plan_vocabulary, tokenizer_settings
 from mergeguard.mergers.weights import coefficient_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -102,6 +103,7 @@ class _Prepared:
     plan: Plan
     sources: list[Source]
     entries: list[Entry]
+    realigned: frozenset[str]  # output tensors whose inputs' rows `align` matches
     align: Callable[[Job, list[Tensor]], list[Tensor]] | None
     companions: Companions
     warnings: list[str]
@@ -135,6 +137,7 @@ def merge_checkpoints(
     _check_device(chosen.device)
     with ExitStack() as stack:
         prepared = _prepare(recipe, out, chosen, stack)
+        stack.enter_context(_quick_switching())
         digests = stack.enter_context(
             BackgroundDigests([file for source in prepared.sources for file in source.files], threads=_threads(chosen))
         )
@@ -143,7 +146,7 @@ def merge_checkpoints(
             folders = [folder / f"{alpha:g}" for alpha in chosen.coefficients] or [folder]
             written = _stream(prepared, folders, chosen, writing, on_progress)
             inputs = merged_inputs(prepared.plan.inputs, prepared.sources, digests.result())
-            for target, files in zip(folders, written, strict=True):
+            for target, files, alpha in zip(folders, written, chosen.coefficients or (None,), strict=True):
                 describe(
                     target,
                     out / target.relative_to(folder),
@@ -153,12 +156,17 @@ def merge_checkpoints(
                     companions=prepared.companions,
                     inputs=inputs,
                     seed=chosen.seed,
+                    options={
+                        "coefficient": alpha,
+                        "vocabulary": chosen.vocabulary,
+                        "max_shard_bytes": chosen.max_shard_bytes,
+                    },
                     device=chosen.device,
                     warnings=prepared.warnings,
                     ancestry=ancestry,
                 )
             for source in prepared.sources:
-                source.check_unchanged()
+                source.close()  # and not after the folder has its name: this is the last look at whether they changed
     return Merged(
         folders=tuple(out / f"{alpha:g}" for alpha in chosen.coefficients) or (out,),
         tensors=len(prepared.entries),
@@ -167,6 +175,17 @@ def merge_checkpoints(
         ancestry=ancestry,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _quick_switching() -> Iterator[None]:
+    """Let threads that read and hash have the interpreter soon: importing torch holds it for a second."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(2e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _prepare(path: Path, out: Path, options: Options, stack: ExitStack) -> _Prepared:
@@ -184,16 +203,19 @@ def _prepare(path: Path, out: Path, options: Options, stack: ExitStack) -> _Prep
     plan = resolve(recipe, method, layouts, out=out)
     sources = [opened[reference] for reference in plan.inputs]
     warnings = list(plan.notes)
-    warnings += check_configs(sources, plan.inputs, allow_unrelated=options.allow_unrelated)
+    base = plan.inputs.index(recipe.base_model) if recipe.base_model in plan.inputs else 0
+    warnings += check_configs(sources, plan.inputs, base, allow_unrelated=options.allow_unrelated)
     vocabulary = _plan_vocabulary(recipe, plan, sources, options)
     warnings += vocabulary.warnings
-    warnings += check_tensors(plan, sources, vocabulary.tensors if vocabulary.changed else frozenset())
+    realigned = vocabulary.tensors if vocabulary.changed else frozenset()
+    warnings += check_tensors(plan, sources, realigned)
     warnings += _hidden(plan, sources)
     entries = [_entry(job, plan, sources, vocabulary) for job in plan.jobs]
     check_space(out, max(1, len(options.coefficients)) * sum(map(nbytes, entries)))
-    companions = output_companions(recipe, sources, vocabulary, entries)
+    companions = output_companions(recipe, plan.inputs, sources, vocabulary, entries)
     align = _aligner(vocabulary, plan.jobs) if vocabulary.changed else None
-    return _Prepared(recipe, plan, sources, entries, align, companions, [*warnings, *companions.warnings])
+    warnings += companions.warnings
+    return _Prepared(recipe, plan, sources, entries, realigned, align, companions, warnings)
 
 
 def parse_size(text: str) -> int:
@@ -233,7 +255,8 @@ def _check_coefficients(options: Options, takes: bool, method: str) -> None:
 
 
 def _num_layers(config: dict[str, Any] | None) -> int | None:
-    for part in (config or {}, (config or {}).get("text_config") or {}):
+    parts = (config, (config or {}).get("text_config"))
+    for part in [part for part in parts if isinstance(part, dict)]:
         for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
             if isinstance(part.get(key), int):
                 return int(part[key])
@@ -277,7 +300,8 @@ def _check_ancestry(prepared: _Prepared, options: Options) -> Ancestry | None:
     from mergeguard.mergers import ancestor
 
     plan = prepared.plan
-    found = ancestor.measure(plan.jobs, prepared.sources, plan.inputs)
+    comparable = [job for job in plan.jobs if job.name not in prepared.realigned]  # elsewhere rows mean other tokens
+    found = ancestor.measure(comparable, prepared.sources, plan.inputs)
     if found is not None and prepared.recipe.base_model is not None:
         if not options.allow_unrelated:
             found.check_related(prepared.recipe.base_model)

@@ -24,8 +24,16 @@ _MEANING = (
 """Settings that change what equal weights compute."""
 
 
-def check_configs(sources: Sequence[Source], labels: Sequence[str], *, allow_unrelated: bool) -> list[str]:
+def check_configs(
+    sources: Sequence[Source], labels: Sequence[str], main: int = 0, *, allow_unrelated: bool
+) -> list[str]:
     """Compare what the models' configs say of the architecture.
+
+    Args:
+        sources: all inputs.
+        labels: a name for each.
+        main: the input whose config the merged model gets.
+        allow_unrelated: warn of different types instead of refusing them.
 
     Returns:
         A warning for each setting that differs and changes what the weights mean.
@@ -45,8 +53,8 @@ def check_configs(sources: Sequence[Source], labels: Sequence[str], *, allow_unr
     ]
     if not known:
         return warnings
-    first, reference = known[0]
-    for label, config in known[1:]:
+    first, reference = next((pair for pair in known if pair[0] == labels[main]), known[0])
+    for label, config in [pair for pair in known if pair[0] != first]:
         for key in ("model_type", "architectures"):
             ours, theirs = reference.get(key), config.get(key)
             if ours is not None and theirs is not None and ours != theirs:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Align = Callable[[Job, list[Tensor]], list[Tensor]]
 
-READ_AHEAD = 64 << 20
+READ_AHEAD = 32 << 20
 """Bytes of tensors that wait or are merged beside the largest merge."""
 _LARGEST_TEMPORARY = 16 << 20
 _CHUNK = 2**20  # elements of a merged tensor that are written at a time

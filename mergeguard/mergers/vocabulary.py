@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import IncompatibleModelsError, UnknownNameError
-from mergeguard.mergers.vocabulary_plan import Fill, TokenizerOutput, VocabularyPlan
+from mergeguard.mergers.vocabulary_plan import Fill, TokenizerOutput, VocabularyPlan, moved_ids
 from mergeguard.mergers.vocabulary_tokens import (
     TokenizerSettings,
     TokenRow,
@@ -89,6 +89,7 @@ def _plan_rows(models: Sequence[ModelVocabulary], base_index: int | None, policy
             warnings=warnings,
             tokenizer=tokenizer,
             members=everyone,
+            moved_ids=_moved(models, first, tokenizer),
         )
 
     sizes = _one_size_each(models)
@@ -132,6 +133,7 @@ def _plan_rows(models: Sequence[ModelVocabulary], base_index: int | None, policy
         warnings=warnings,
         tokenizer=tokenizer,
         members=everyone,
+        moved_ids=_moved(models, first, tokenizer),
     )
 
 
@@ -218,6 +220,15 @@ def _tokens_without_row(
             f"{len(beyond)} tokens of the tokenizer of {model.label}, e.g. {beyond[0]!r}, have no row there nor in the "
             "merged model; do not use them, or match rows by token (tokenizer_source in the recipe), which removes them"
         )
+
+
+def _moved(
+    models: Sequence[ModelVocabulary], first: int, tokenizer: TokenizerOutput | None
+) -> Mapping[int, int | None]:
+    if tokenizer is None or tokenizer.index is None or tokenizer.index == first:
+        return {}
+    ours, theirs = models[first].tokenizer, models[tokenizer.index].tokenizer
+    return {} if ours is None or theirs is None or ours.same_tokens(theirs) else moved_ids(ours.tokens, theirs.tokens)
 
 
 def _copied(models: Sequence[ModelVocabulary], candidates: Iterable[int]) -> TokenizerOutput | None:

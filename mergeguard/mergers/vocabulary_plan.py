@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -49,6 +49,7 @@ class VocabularyPlan:
         fills_for: the fills of a merge of only these models, by output row.
         warnings: one line each.
         tokenizer: what to write; None if no model has a tokenizer.
+        moved_ids: ids of the base's tokens (without a base the first model's) that are others in the output, or None.
         members: indices of the models that the plan is for.
     """
 
@@ -61,6 +62,7 @@ class VocabularyPlan:
     warnings: tuple[str, ...]
     tokenizer: TokenizerOutput | None
     members: tuple[int, ...]
+    moved_ids: Mapping[int, int | None] = field(default_factory=dict)
 
     @cached_property
     def fills(self) -> Mapping[int, Fill]:
@@ -153,3 +155,8 @@ def _filled_rows(models: Sequence[Tensor], sources: Sequence[Tensor], fills: Map
             count += has
         result[places] /= count.reshape(-1, *[1] * (result.dim() - 1))
     return result
+
+
+def moved_ids(tokens: Mapping[str, int], output: Mapping[str, int]) -> dict[int, int | None]:
+    """Ids in `tokens` that mean another token in `output` -> the id there of the token that they mean, None without."""
+    return {index: output.get(token) for token, index in tokens.items() if output.get(token) != index}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergeguard.checkpoints.tokenizers import TokenizerBuilder
 from mergeguard.errors import IncompatibleModelsError, ParameterError
-from mergeguard.mergers.vocabulary_plan import Fill, TokenizerOutput, VocabularyPlan
+from mergeguard.mergers.vocabulary_plan import Fill, TokenizerOutput, VocabularyPlan, moved_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -163,6 +163,7 @@ def plan_tokens(
             frozenset(copied.tokens.keys() - builder.tokens.keys()),
         ),
         members=everyone,
+        moved_ids=moved_ids(tokenizers[start].tokens, vocabulary),
     )
 
 

@@ -53,6 +53,7 @@ def merged(root: Path, **options: Any) -> Path:
         "inputs": [MergedInput("./models/a", model, {"model.safetensors": sha256(b"input")})],
         "digests": {"model.safetensors": sha256(b"weights")},
         "seed": 0,
+        "options": {"coefficient": None, "vocabulary": "refuse", "max_shard_bytes": 10**9},
         "device": "cpu",
         **options,
     }
@@ -261,7 +262,7 @@ def test_a_manifest_that_cannot_be_one_is_refused_in_one_line(out: Path, text: s
 # The schema
 
 FIELDS: list[tuple[str | int, ...]] = [
-    *(("schema_version",), ("recipe",), ("inputs",), ("outputs",), ("versions",), ("seed",), ("device",)),
+    *(("schema_version",), ("recipe",), ("inputs",), ("outputs",), ("versions",), ("seed",), ("options",), ("device",)),
     *(("warnings",), ("ancestor",), ("recipe", "text"), ("recipe", "sha256"), ("versions", "torch")),
     *(("inputs", 0, "model"), ("inputs", 0, "folder"), ("inputs", 0, "files"), ("outputs", 1, "file")),
     *(("outputs", 1, "bytes"), ("outputs", 1, "sha256"), ("inputs", 0, "files", 0, "sha256")),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mergeguard.checkpoints.manifest import MANIFEST, check_manifest
+from mergeguard.checkpoints.manifest import MANIFEST, check_manifest, read_manifest
 from mergeguard.errors import CheckpointError, IncompatibleModelsError, MergeguardError, ParameterError
 from mergeguard.mergers import merge_models, parse_merger, streaming
 from mergeguard.mergers.merge import Options, merge_checkpoints, parse_size
@@ -111,6 +111,7 @@ def test_a_sweep_writes_a_model_per_coefficient_and_each_is_the_merge_with_those
     assert (tmp_path / "sweep/0.5/model.safetensors").read_bytes() == half
     assert (tmp_path / "sweep/0.25/model.safetensors").read_bytes() != half
     assert all(check_manifest(folder) == [] for folder in merged.folders)
+    assert [read_manifest(folder)["options"]["coefficient"] for folder in merged.folders] == [0.25, 0.5]
 
 
 def test_large_tensors_go_through_in_chunks_and_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
