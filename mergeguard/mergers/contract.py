@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergeguard.errors import ParameterError
@@ -158,6 +158,14 @@ class Method:
     random: bool = False
     min_models: int = 1
     max_models: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A registered method pickles by its name, so that its functions need not be picklable."""
+        from mergeguard.mergers.registry import find_method, is_registered
+
+        if is_registered(self):
+            return find_method, (self.name,)
+        return type(self), tuple(getattr(self, item.name) for item in fields(self))
 
     @property
     def defaults(self) -> dict[str, Value]:

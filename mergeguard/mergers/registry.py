@@ -68,6 +68,13 @@ def find_method(name: str) -> Method:
     return method
 
 
+def is_registered(method: Method) -> bool:
+    """Whether `find_method` finds this method under its name, in another process too."""
+    from mergeguard.mergers.mergekit_methods import PREFIX
+
+    return method.name.startswith(PREFIX) or (method.name in MERGERS and MERGERS.get(method.name) is method)
+
+
 def parse_merger(text: str) -> Merger:
     """Read `ties` or `ties(density=0.4,normalize=true)`.
 

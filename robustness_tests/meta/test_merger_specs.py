@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -25,14 +27,17 @@ def values(parameter: Parameter) -> st.SearchStrategy[Value]:
         return st.booleans()
     if isinstance(parameter.default, str):
         return st.sampled_from(parameter.choices)
-    bounds = {"min_value": max(parameter.above, -1e6), "max_value": min(parameter.at_most, 1e6)}
-    return st.floats(**bounds, exclude_min=parameter.above > -1e6, allow_subnormal=False)
+    low, high = max(parameter.above, parameter.at_least, -1e6), min(parameter.at_most, parameter.below, 1e6)
+    if isinstance(parameter.default, int):
+        return st.integers(int(low), int(high))
+    excluded = {"exclude_min": parameter.above >= low, "exclude_max": parameter.below <= high}
+    return st.floats(low, high, allow_subnormal=False, **excluded)
 
 
 @st.composite
 def mergers(draw: st.DrawFn) -> Merger:
     method = MERGERS.get(draw(st.sampled_from(sorted(MERGERS))))
-    given_ones = draw(st.lists(st.sampled_from(method.parameters), unique=True))
+    given_ones = draw(st.lists(st.sampled_from(method.parameters), unique=True)) if method.parameters else []
     return method(**{parameter.name: draw(values(parameter)) for parameter in given_ones})
 
 
@@ -65,7 +70,7 @@ def test_every_method_can_be_listed(name: str) -> None:
     method = MERGERS.get(name)
     assert method.name == name
     assert method.summary
-    assert "arXiv:" in method.citation
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi:10\.|https://|mergekit 0\.1\.5", method.citation)
     assert method().parameters == method.defaults
     for parameter in method.parameters:
         assert parameter.meaning
@@ -73,21 +78,28 @@ def test_every_method_can_be_listed(name: str) -> None:
 
 
 def test_the_defaults_are_mergekits() -> None:
-    """As read in mergekit 0.1.5: normalize is true for linear and ties alone, rescale (L1) for dare alone, lambda 1."""
+    """As read in mergekit 0.1.5; what it does not have (TSV-Merge, ExPO, ...) is not listed."""
     defaults = {name: MERGERS.get(name).defaults for name in MERGERS}
-    assert {name: defaults[name]["normalize"] for name in defaults} == {
-        "linear": True,
-        "task_arithmetic": False,
-        "ties": True,
-        "dare_linear": False,
-        "dare_ties": False,
+    assert {name for name, own in defaults.items() if own.get("normalize")} == {"linear", "ties", "della"}
+    assert {name for name, own in defaults.items() if own.get("rescale") == "l1"} == {
+        *("dare_linear", "dare_ties", "della", "della_linear"),
     }
-    assert {name: d["rescale"] for name, d in defaults.items() if "rescale" in d} == {
-        "ties": "none",
-        "dare_linear": "l1",
-        "dare_ties": "l1",
+    assert {own[name] for own in defaults.values() for name in ("lambda", "density", "select_topk") if name in own} == {
+        1
     }
-    assert {d[name] for d in defaults.values() for name in ("lambda", "density") if name in d} == {1.0}
+    assert {name: own["gamma"] for name, own in defaults.items() if "gamma" in own} == {
+        "breadcrumbs": 0.01,
+        "breadcrumbs_ties": 0.01,
+    }
+    assert defaults["della"]["epsilon"] == 0.15
+    assert defaults["ram"]["epsilon"] == 1e-5
+    assert (defaults["karcher"]["max_iter"], defaults["karcher"]["tol"]) == (10, 1e-5)
+
+
+def test_methods_without_weights_run_once_a_protection() -> None:
+    assert {name for name in MERGERS if not MERGERS.get(name).takes_coefficient} == {
+        *("arcee_fusion", "karcher", "model_stock", "nearswap", "passthrough", "ram", "ramplus_tl", "sce"),
+    }
 
 
 def test_the_default_matrix_is_five_mergers_at_nine_coefficients() -> None:
@@ -142,6 +154,20 @@ def test_a_registered_thing_that_is_not_the_method_of_that_name_is_an_error() ->
             parse_merger("impostor")
     finally:
         MERGERS.unregister("impostor")
+
+
+@pytest.mark.parametrize("name", sorted(MERGERS))
+def test_every_registered_merger_travels_to_another_process(name: str) -> None:
+    merger = MERGERS.get(name)()
+    again = pickle.loads(pickle.dumps(merger))  # noqa: S301 - our own bytes
+    assert again == merger
+    assert again.method is merger.method
+
+
+def test_a_method_that_is_not_registered_travels_with_its_functions() -> None:
+    method = dataclasses.replace(MERGERS.get("linear"), summary="another")
+    again = pickle.loads(pickle.dumps(method))  # noqa: S301 - our own bytes
+    assert (again.summary, again.combine) == ("another", method.combine)
 
 
 def test_a_third_partys_method_is_written_and_read_like_ours() -> None:
