@@ -249,6 +249,8 @@ def main() -> None:
         message = str(error)
     except _UsageError as error:
         message = error.format_message()  # empty if a command was missing and the help is printed
+    except BrokenPipeError:  # nobody reads any more; what was to be written is written
+        os._exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # noqa: BLE001 - a bug of ours must not look like a gate that does not hold

@@ -8,7 +8,16 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mergeguard.checkpoints.header import Header, StoredTensor, read_header
-from mergeguard.checkpoints.inputs import FileStamp, file_stamp, quoted, read_json, reason, refuse, refuse_tensor
+from mergeguard.checkpoints.inputs import (
+    FileStamp,
+    existing,
+    file_stamp,
+    quoted,
+    read_json,
+    reason,
+    refuse,
+    refuse_tensor,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -127,7 +136,7 @@ def _inside(folder: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in name or "\\" in name:
         refuse(folder, f"has an index that leads out of the folder ({quoted(name)}); do not trust this checkpoint")
     path = folder / pure
-    if not path.exists():
+    if existing(path) is None:
         refuse(folder, f"lacks {quoted(name)}, which its index names; copy or download it again")
     target = path.resolve()
     in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")

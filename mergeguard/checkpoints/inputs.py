@@ -6,13 +6,13 @@ import json
 import stat
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergeguard.errors import CheckpointError
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
 MAX_JSON_BYTES = 100_000_000
 MAX_DIGITS = 40
@@ -53,6 +53,15 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return "".join(character for character in line if character.isprintable())[:300]
+
+
+def existing(text: str | Path) -> Path | None:
+    """The file or folder that a text names, "~" included; None if there is none, or the text cannot be a path."""
+    try:
+        path = Path(text).expanduser()
+        return path if str(text) and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, with a zero byte, or the home of nobody
+        return None
 
 
 def file_stamp(path: Path) -> FileStamp:

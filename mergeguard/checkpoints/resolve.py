@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mergeguard.checkpoints.inputs import quoted, reason
+from mergeguard.checkpoints.inputs import existing, quoted, reason
 from mergeguard.errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -27,12 +27,8 @@ def resolve_path(text: str, *, allow_pickle: bool = False) -> Path:
     Raises:
         CheckpointError: there is neither.
     """
-    path = Path(text).expanduser()
-    try:
-        if text and path.exists():
-            return path
-    except (OSError, ValueError):  # too long, or with a zero byte: no path
-        pass
+    if (path := existing(text)) is not None:
+        return path
     match = _HUB_ID.fullmatch(text)
     if match is None:
         raise CheckpointError(f"there is no folder or file {quoted(text)}; expected a path, or a hub id like org/name")

@@ -7,12 +7,11 @@ What a source calls its tensors is what a model has when it is loaded: stored te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from mergeguard.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeguard.checkpoints.header import TORCH_NAMES
-from mergeguard.checkpoints.inputs import quoted, refuse_tensor
+from mergeguard.checkpoints.inputs import existing, quoted, refuse_tensor
 from mergeguard.checkpoints.reader import FileReader
 from mergeguard.checkpoints.resolve import resolve_path
 from mergeguard.checkpoints.tied import hidden_tensors
@@ -20,6 +19,7 @@ from mergeguard.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from types import TracebackType
 
     import torch
@@ -188,12 +188,11 @@ def open_source(reference: str, *, allow_pickle: bool = False) -> Source:
 
 def split_reference(reference: str) -> tuple[str, str | None]:
     """(model, adapter or None) of a reference; of several "+", the first whose two sides exist, else the first."""
-    if "+" not in reference or Path(reference).expanduser().exists():
+    if "+" not in reference or existing(reference):
         return reference, None
     places = [place for place, character in enumerate(reference) if character == "+"]
     splits = [(reference[:place], reference[place + 1 :]) for place in places]
-    existing = (split for split in splits if all(side and Path(side).expanduser().exists() for side in split))
-    model, adapter = next(existing, splits[0])
+    model, adapter = next((split for split in splits if all(map(existing, split))), splits[0])
     if not model or not adapter:
         raise CheckpointError(f"cannot read {quoted(reference)}; expected MODEL or MODEL+ADAPTER")
     return model, adapter

@@ -63,7 +63,7 @@ def ties_embeddings(config: Mapping[str, Any] | None) -> bool:
     for part in (config, (config or {}).get("text_config")):
         if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
-    return bool(config) and (config or {}).get("model_type") in TIED_BY_DEFAULT
+    return str((config or {}).get("model_type")) in TIED_BY_DEFAULT
 
 
 def hidden_tensors(

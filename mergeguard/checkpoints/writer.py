@@ -283,6 +283,7 @@ class ShardedWriter:
                         return
                     stop = min(shard.written.prefix, shard.digest.position + HASH_STEP)
                 shard.digest.follow(shard.descriptor, stop)
+                os.fdatasync(shard.descriptor)  # the disk works meanwhile, and the last fsync has little left to do
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that finishes must learn of it
             self._failure = error
 

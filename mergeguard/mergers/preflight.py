@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -133,6 +134,6 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(
-            f"{out} needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free; free some or choose "
-            "another disk"
+            f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free; free "
+            f"{math.ceil((needed - free) / 1e6):,} MB or choose another disk"
         )

@@ -73,6 +73,8 @@ def largest(values: Values, size: int, count: int) -> Top:
         size: its number of elements.
         count: how many to take; none for 0, all for `size` or more.
     """
+    import numpy as np
+
     if count <= 0 or size == 0:
         return NOTHING
     if count >= size:
@@ -80,68 +82,74 @@ def largest(values: Values, size: int, count: int) -> Top:
     example = values(slice(0, 1))
     if example.device.type != "cpu":
         return _largest_on_device(values, size, count)
-    lowest, highest = _bracket(values, size, count)
-    above, inside, lengths = 0, [], []
-    for span in spans(size):
-        keys = _keys(values(span))
-        over, within = keys > highest, keys > lowest
-        above += _count(over)
-        within ^= over
-        inside.append(keys[within])
-        lengths.append(len(inside[-1]))
-    return _from_bracket(values, size, count, above, inside, lengths, example)
-
-
-def _from_bracket(
-    values: Values, size: int, count: int, above: int, inside: list[Any], lengths: list[int], example: Tensor
-) -> Top:
-    """The top from the keys inside the bracket and the number above it; without a bracket if it missed."""
-    import numpy as np
-
-    missing = count - above
-    candidates = np.concatenate(inside)
-    if not 0 < missing <= len(candidates):
-        every = np.concatenate([_keys(values(span)) for span in spans(size)])
-        return _from_bracket(values, size, count, 0, [every], [size], example)
-    kept = len(candidates) - missing
-    key = candidates.dtype.type(np.partition(candidates.astype(_wide(candidates)), kept)[kept])
-    tied = missing - _count(candidates > key)  # how many of exactly this magnitude are taken
-    equal = np.flatnonzero(candidates == key)
-    last = size if tied == len(equal) else _position(values, size, int(equal[tied - 1]), lengths, key, equal)
+    found = _search(values, size, count, *_bracket(values, size, count))
+    if found is None:  # the bracket missed
+        first = _keys(example)
+        found = _search(values, size, count, first.dtype.type(-1), first.dtype.type(np.iinfo(first.dtype).max))
+    if found is None:
+        raise AssertionError("every magnitude lies between the ends of its dtype")
+    key, last = found
     return Top(_number(key, example), _number(key - 1 if key > 0 else key, example), last)
 
 
-def _position(values: Values, size: int, candidate: int, lengths: list[int], key: Any, equal: Any) -> int:
-    """The flat index of the candidate at a position among all candidates, which are in flat order."""
+def _search(values: Values, size: int, count: int, low: Any, high: Any) -> tuple[Any, int] | None:
+    """The key of the threshold and the last index at which it is taken; None if it is not from `low` to `high`.
+
+    Entries of exactly `low` or `high` are counted, not collected: in 16-bit task vectors many are equal, most often 0.
+    """
     import numpy as np
 
-    if sum(lengths) == size:  # the candidates are the tensor
-        return candidate
-    passed = 0
-    for span, length in zip(spans(size), lengths, strict=True):
-        if candidate < passed + length:
-            nth = int(np.count_nonzero((equal >= passed) & (equal <= candidate)))
+    above, at_high, at_low, inside = 0, [], [], []
+    for span in spans(size):
+        keys = _keys(values(span))
+        from_high, over_low = keys >= high, keys > low
+        over = _count(keys > high)
+        above += over
+        at_high.append(_count(from_high) - over)
+        at_low.append(_count(keys >= low) - _count(over_low))
+        over_low ^= from_high
+        inside.append(keys[over_low])
+    missing = count - above
+    if missing <= 0:
+        return None
+    if missing <= sum(at_high):
+        return high, _index_of(values, size, high, missing, at_high)
+    missing -= sum(at_high)
+    candidates = np.concatenate(inside)
+    if missing > len(candidates):
+        missing -= len(candidates)
+        return (low, _index_of(values, size, low, missing, at_low)) if missing <= sum(at_low) else None
+    place = len(candidates) - missing
+    key = low.dtype.type(np.partition(candidates.astype(_wide(candidates), copy=False), place)[place])
+    tied = missing - _count(candidates > key)
+    return key, _index_of(values, size, key, tied, [_count(part == key) for part in inside])
+
+
+def _index_of(values: Values, size: int, key: Any, nth: int, counts: list[int]) -> int:
+    """The flat index of the nth entry of a key, of which each span has so many; `size` if it is the last."""
+    import numpy as np
+
+    if nth == sum(counts):
+        return size
+    for span, here in zip(spans(size), counts, strict=True):
+        if nth <= here:
             return int(span.start + np.flatnonzero(_keys(values(span)) == key)[nth - 1])
-        passed += length
-    raise AssertionError("a candidate lies in some span")
+        nth -= here
+    raise AssertionError("the nth entry lies in some span")
 
 
 def _bracket(values: Values, size: int, count: int) -> tuple[Any, Any]:
-    """Keys (lowest, highest] between which the threshold very probably lies."""
+    """Keys between which, ends included, the threshold very probably lies."""
     import numpy as np
 
-    first = _keys(values(slice(0, 1)))
-    full = first.dtype.type(np.iinfo(first.dtype).max)
-    if size <= 4 * _SAMPLE:
-        return first.dtype.type(-1), full
-    sample = _keys(values(slice(0, size, size // _SAMPLE)).contiguous())
-    sample = np.sort(sample.astype(_wide(sample)))[::-1].astype(sample.dtype)
+    keys = _keys(values(slice(0, size, max(1, size // _SAMPLE))).contiguous())
+    sample = np.sort(keys.astype(_wide(keys), copy=False))[::-1].astype(keys.dtype)
     share = count / size
     position = share * len(sample)
     margin = _MARGIN * math.sqrt(len(sample) * share * (1 - share)) + 2
     low, high = math.ceil(position + margin), math.floor(position - margin)
-    lowest = sample[low] - 1 if low < len(sample) else first.dtype.type(-1)
-    return lowest, sample[high] if high >= 0 else full
+    lowest = sample[low] if low < len(sample) else keys.dtype.type(-1)
+    return lowest, sample[high] if high >= 0 else keys.dtype.type(np.iinfo(keys.dtype).max)
 
 
 def _keys(values: Tensor) -> Any:

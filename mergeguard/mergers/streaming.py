@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import CheckpointError, IncompatibleModelsError
-from mergeguard.mergers.buffers import BufferPool
+from mergeguard.mergers.buffers import BufferPool, keep_temporaries
 from mergeguard.mergers.contract import WHOLE, part
 from mergeguard.mergers.dtypes import working_dtype
 from mergeguard.mergers.spans import SPAN, is_finite, spans
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 READ_AHEAD = 32 << 20
 """Bytes of tensors that wait or are merged beside the largest merge."""
-_LARGEST_TEMPORARY = 16 << 20
 _CHUNK = 2**20  # elements of a merged tensor that are written at a time
 _DEVICE_SPAN = 2**24  # elements: a GPU's kernels need no cache, but each has to be started
 
@@ -98,7 +97,7 @@ def stream(
     """
     import torch
 
-    torch.empty(_LARGEST_TEMPORARY, dtype=torch.uint8)  # freed at once: glibc then keeps and reuses memory up to this
+    keep_temporaries()
     torch.set_num_threads(1)  # the threads here are the parallelism; more would wait for each other
     sizes = [sum(job_sizes(job, sources, settings.dtype)) for job in jobs]
     pool = BufferPool(max(sizes, default=0) + READ_AHEAD)

@@ -41,9 +41,12 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
     accumulator = torch.promote_types(tensors[0].dtype, torch.float32)
-    result = tensors[0].to(accumulator, copy=True)
-    for tensor in tensors[1:]:
-        result += tensor.to(accumulator)
+    first, *others = (tensor.to(accumulator) for tensor in tensors)
+    if not others:
+        return tensors[0].clone()
+    result = first + others[0]
+    for tensor in others[1:]:
+        result += tensor
     return result.to(tensors[0].dtype)
 
 

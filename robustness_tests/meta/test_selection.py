@@ -85,3 +85,18 @@ def test_a_periodic_tensor_whose_sample_misleads_is_selected_exactly() -> None:
     values[:: (6 * SPAN) // 2**14] = torch.arange(1.0, 1.0 + len(values[:: (6 * SPAN) // 2**14]))
     for density in (0.05, 0.1, 0.5):
         check(values, int(density * values.numel()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, SPAN, 3 * SPAN + 5, 4 * SPAN - 1])
+def test_a_constant_tensor_keeps_its_first_entries(dtype: torch.dtype, count: int) -> None:
+    check(torch.full((4 * SPAN,), -0.25, dtype=dtype), count)
+
+
+def test_the_mass_at_either_end_of_the_bracket_is_found() -> None:
+    """Two values only, so that both ends of the bracket are values of the tensor with many entries each."""
+    draw = torch.Generator().manual_seed(3)
+    values = torch.where(torch.rand(4 * SPAN, generator=draw) < 0.4, 2.0, -1.0)
+    many = int((values == 2).sum())
+    for count in (many - 100, many, many + 1, many + 100):
+        check(values, count)
