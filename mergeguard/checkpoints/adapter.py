@@ -17,7 +17,7 @@ import torch
 from mergeguard.checkpoints.adapter_config import LoraConfig, ends_with_module, read_lora_config
 from mergeguard.checkpoints.checkpoint import ADAPTER_CONFIG, open_checkpoint
 from mergeguard.checkpoints.inputs import refuse, refuse_tensor
-from mergeguard.checkpoints.source import Source, StoredSource, buffer_view, find
+from mergeguard.checkpoints.source import Source, StoredSource, as_tensor, tensor_of
 from mergeguard.checkpoints.tied import TIED_EMBEDDINGS, TIED_HEADS, ties_embeddings
 from mergeguard.errors import CheckpointError
 
@@ -80,17 +80,16 @@ class LoraSource:
         self.files = (*base.files, *self._adapter.files, folder / ADAPTER_CONFIG)
 
     def read(self, name: str) -> Tensor:
-        info = find(self, name)
-        return self.read_into(name, torch.empty(info.nbytes, dtype=torch.uint8))
+        return tensor_of(self, name)
 
-    def read_into(self, name: str, buffer: Tensor) -> Tensor:
+    def read_bytes(self, name: str, view: memoryview) -> None:
+        merged = as_tensor(self, name, view)
         if name in self._replacements:
-            merged = buffer_view(self, name, buffer).copy_(self._adapter.read(self._replacements[name]))
+            merged.copy_(self._adapter.read(self._replacements[name]))
         else:
-            merged = self._base.read_into(name, buffer)
+            self._base.read_bytes(name, view)
         if name in self._updates:
             merged += self._delta(self._updates[name], merged.dtype)
-        return merged
 
     def check_unchanged(self) -> None:
         self._base.check_unchanged()

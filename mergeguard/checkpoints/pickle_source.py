@@ -13,7 +13,7 @@ import torch
 
 from mergeguard.checkpoints.inputs import reason, refuse, refuse_tensor
 from mergeguard.checkpoints.reader import FileReader
-from mergeguard.checkpoints.source import TensorInfo, buffer_view, find
+from mergeguard.checkpoints.source import TensorInfo, as_tensor, tensor_of
 from mergeguard.checkpoints.tied import hidden_tensors
 
 if TYPE_CHECKING:
@@ -55,15 +55,14 @@ class PickleSource:
         }
 
     def read(self, name: str) -> Tensor:
-        info = find(self, name)
-        return self.read_into(name, torch.empty(info.nbytes, dtype=torch.uint8))
+        return tensor_of(self, name)
 
-    def read_into(self, name: str, buffer: Tensor) -> Tensor:
-        view = buffer_view(self, name, buffer)
+    def read_bytes(self, name: str, view: memoryview) -> None:
+        target = as_tensor(self, name, view)
         loaded = self._loaded.get(name)
         if loaded is None:
             refuse(self.path, "is closed already; open the checkpoint again")
-        return view.copy_(loaded)
+        target.copy_(loaded)
 
     def check_unchanged(self) -> None:
         self._reader.check_unchanged()

@@ -74,15 +74,12 @@ class Source(Protocol):
         """
         ...
 
-    def read_into(self, name: str, buffer: Tensor) -> Tensor:
-        """The same, in the first bytes of `buffer`, whose contents are overwritten.
+    def read_bytes(self, name: str, view: memoryview) -> None:
+        """The same as bytes, little-endian and row-major, into memory that is reused.
 
         Args:
             name: the tensor's name.
-            buffer: uint8 of one dimension, contiguous, at least `tensors[name].nbytes` long.
-
-        Returns:
-            A view of `buffer` in the tensor's dtype and shape.
+            view: writable, contiguous, of one dimension and `tensors[name].nbytes` bytes.
         """
         ...
 
@@ -130,16 +127,12 @@ class StoredSource:
         }
 
     def read(self, name: str) -> Tensor:
-        import torch
+        return tensor_of(self, name)
 
-        info = find(self, name)
-        return self.read_into(name, torch.empty(info.nbytes, dtype=torch.uint8))
-
-    def read_into(self, name: str, buffer: Tensor) -> Tensor:
-        view = buffer_view(self, name, buffer)
-        stored = self._stored[name]
-        self._reader.read_into(stored.path, stored.start, buffer.numpy().data[: stored.nbytes])
-        return view
+    def read_bytes(self, name: str, view: memoryview) -> None:
+        info, stored = find(self, name), self._stored[name]
+        check_view(info, view)
+        self._reader.read_into(stored.path, stored.start, view)
 
     def check_unchanged(self) -> None:
         self._reader.check_unchanged()
@@ -224,17 +217,32 @@ def torch_dtype(source: Source, info: TensorInfo) -> torch.dtype:
     return dtype
 
 
-def buffer_view(source: Source, name: str, buffer: Tensor) -> Tensor:
-    """The first bytes of `buffer` as the tensor `name`; see `Source.read_into`.
-
-    Raises:
-        CheckpointError: there is no such tensor.
-        ValueError: the buffer is too small or of the wrong kind.
-    """
+def tensor_of(source: Source, name: str) -> Tensor:
+    """`Source.read` by `Source.read_bytes`."""
     import torch
 
     info = find(source, name)
-    dtype = torch_dtype(source, info)
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or len(buffer) < info.nbytes:
-        raise ValueError(f"the buffer for {name} must be contiguous uint8 of one dimension and {info.nbytes} bytes")
-    return buffer[: info.nbytes].view(dtype).view(info.shape)
+    memory = torch.empty(info.nbytes, dtype=torch.uint8)
+    source.read_bytes(name, memory.numpy().data)
+    return memory.view(torch_dtype(source, info)).view(info.shape)
+
+
+def as_tensor(source: Source, name: str, view: memoryview) -> Tensor:
+    """The memory that `Source.read_bytes` was given as the tensor `name`, for those who compute it with torch."""
+    import numpy as np
+    import torch
+
+    info = find(source, name)
+    check_view(info, view)
+    memory = torch.from_numpy(np.frombuffer(view, dtype=np.uint8))
+    return memory.view(torch_dtype(source, info)).view(info.shape)
+
+
+def check_view(info: TensorInfo, view: memoryview) -> None:
+    """Refuse memory that is not for a tensor.
+
+    Raises:
+        ValueError: it is read-only, not contiguous bytes, or of another length.
+    """
+    if view.readonly or not view.c_contiguous or view.format != "B" or view.nbytes != info.nbytes:
+        raise ValueError(f"the memory for {info.name} must be {info.nbytes} contiguous writable bytes")

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Buffer = NDArray[np.uint8]
 
 
 _LARGEST_TEMPORARY = 8 << 20
@@ -31,7 +34,7 @@ def keep_temporaries() -> None:
 
 
 class BufferPool:
-    """Byte tensors of at most `budget` bytes in all, or of one acquisition where that alone is larger. Thread-safe.
+    """Byte arrays of at most `budget` bytes in all, or of one acquisition where that alone is larger. Thread-safe.
 
     A buffer that was released is given out again for the same size, which the tensors of a model mostly share.
     Buffers are acquired by one thread and released by any, so that a waiting acquisition always ends.
@@ -39,19 +42,19 @@ class BufferPool:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._free: deque[Tensor] = deque()  # the longest unused first
+        self._free: deque[Buffer] = deque()  # the longest unused first
         self._free_bytes = 0
         self._used_bytes = 0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
 
-    def acquire(self, sizes: Sequence[int]) -> list[Tensor]:
-        """Byte tensors of these sizes, uninitialised; waits until there is room for all of them.
+    def acquire(self, sizes: Sequence[int]) -> list[Buffer]:
+        """Byte arrays of these sizes, uninitialised; waits until there is room for all of them.
 
         Raises:
             BaseException: what was given to `fail` meanwhile.
         """
-        import torch
+        import numpy as np
 
         needed = sum(sizes)
         with self._changed:
@@ -62,31 +65,31 @@ class BufferPool:
                 raise self._failure
             found = [self._take(size) for size in sizes]
             while self._free and self._used_bytes + self._free_bytes + needed > self.budget:
-                self._free_bytes -= self._free.popleft().numel()
+                self._free_bytes -= self._free.popleft().nbytes
             self._used_bytes += needed
         return [
-            torch.empty(size, dtype=torch.uint8) if buffer is None else buffer
+            np.empty(size, dtype=np.uint8) if buffer is None else buffer
             for size, buffer in zip(sizes, found, strict=True)
         ]
 
-    def _take(self, size: int) -> Tensor | None:
+    def _take(self, size: int) -> Buffer | None:
         for index in range(len(self._free) - 1, -1, -1):
-            if self._free[index].numel() == size:
+            if self._free[index].nbytes == size:
                 buffer = self._free[index]
                 del self._free[index]
                 self._free_bytes -= size
                 return buffer
         return None
 
-    def release(self, buffers: Sequence[Tensor]) -> None:
+    def release(self, buffers: Sequence[Buffer]) -> None:
         """Give buffers back; nothing may refer to them any more."""
         with self._changed:
             for buffer in buffers:
                 self._free.append(buffer)
-                self._free_bytes += buffer.numel()
-                self._used_bytes -= buffer.numel()
+                self._free_bytes += buffer.nbytes
+                self._used_bytes -= buffer.nbytes
             while self._free and self._used_bytes + self._free_bytes > self.budget:
-                self._free_bytes -= self._free.popleft().numel()
+                self._free_bytes -= self._free.popleft().nbytes
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 COPIED = ("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
+ITEM_BYTES = dict(zip(FLOATING, (2, 2, 4, 8), strict=True)) | {
+    name: 1 if name == "bool" else int(name.lstrip("uint")) // 8 for name in COPIED
+}
+"""Bytes of an element."""
+
 
 def working_dtype(stored: Iterable[str], chosen: str | None) -> str:
     """The dtype of a tensor's arithmetic.

@@ -22,6 +22,7 @@ from mergeguard.mergers.describe import describe, merged_inputs, output_companio
 from mergeguard.mergers.dtypes import stored_dtype, working_dtype
 from mergeguard.mergers.jobs import Layout, find_method, resolve
 from mergeguard.mergers.preflight import check_configs, check_space, check_tensors
+from mergeguard.mergers.read_ahead import ReadAhead
 from mergeguard.mergers.recipe import load_recipe
 from mergeguard.mergers.recipe_rules import check_recipe
 from mergeguard.mergers.vocabulary import plan_vocabulary, tokenizer_settings
@@ -139,12 +140,16 @@ def merge_checkpoints(
         prepared = _prepare(recipe, out, chosen, stack)
         stack.enter_context(_quick_switching())
         digests = stack.enter_context(
-            BackgroundDigests([file for source in prepared.sources for file in source.files], threads=_threads(chosen))
+            BackgroundDigests(
+                [file for source in prepared.sources for file in source.files],
+                threads=max(1, _threads(chosen) - 1),  # one core is for what they run beside: at first, importing torch
+            )
         )
+        ahead = stack.enter_context(ReadAhead(prepared.plan.jobs, prepared.sources, prepared.plan.dtype))
         ancestry = _check_ancestry(prepared, chosen)
         with atomic_folder(out) as folder, ExitStack() as writing:
             folders = [folder / f"{alpha:g}" for alpha in chosen.coefficients] or [folder]
-            written = _stream(prepared, folders, chosen, writing, on_progress)
+            written = _stream(prepared, ahead, folders, chosen, writing, on_progress)
             inputs = merged_inputs(prepared.plan.inputs, prepared.sources, digests.result())
             for target, files, alpha in zip(folders, written, chosen.coefficients or (None,), strict=True):
                 describe(
@@ -311,6 +316,7 @@ def _check_ancestry(prepared: _Prepared, options: Options) -> Ancestry | None:
 
 def _stream(
     prepared: _Prepared,
+    ahead: ReadAhead,
     folders: Sequence[Path],
     options: Options,
     stack: ExitStack,
@@ -324,8 +330,8 @@ def _stream(
         folder.mkdir(exist_ok=True)
         writer = stack.enter_context(ShardedWriter(folder, prepared.entries, max_shard_bytes=options.max_shard_bytes))
         outputs.append(Output(writer, _weights(alpha)))
-    settings = Settings(options.seed, plan.dtype, plan.out_dtype, _threads(options), options.device)
-    stream(plan.method, plan.jobs, prepared.sources, outputs, settings, align=prepared.align, on_progress=on_progress)
+    settings = Settings(options.seed, plan.out_dtype, _threads(options), options.device)
+    stream(plan.method, ahead, outputs, settings, align=prepared.align, on_progress=on_progress)
     return [output.writer.finish() for output in outputs]
 
 

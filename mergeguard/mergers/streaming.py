@@ -6,16 +6,15 @@ alone, so the result is the same for any number of threads.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import CheckpointError, IncompatibleModelsError
-from mergeguard.mergers.buffers import BufferPool, keep_temporaries
+from mergeguard.mergers.buffers import keep_temporaries
 from mergeguard.mergers.contract import WHOLE, part
-from mergeguard.mergers.dtypes import working_dtype
+from mergeguard.mergers.read_ahead import Read, ReadAhead, tensors_of
 from mergeguard.mergers.spans import SPAN, is_finite, spans
 from mergeguard.mergers.sparsify import seeded_generator
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
     Align = Callable[[Job, list[Tensor]], list[Tensor]]
 
-READ_AHEAD = 32 << 20
-"""Bytes of tensors that wait or are merged beside the largest merge."""
 _CHUNK = 2**20  # elements of a merged tensor that are written at a time
 _DEVICE_SPAN = 2**24  # elements: a GPU's kernels need no cache, but each has to be started
 
@@ -57,14 +54,12 @@ class Settings:
 
     Attributes:
         seed: of the random masks.
-        dtype: the arithmetic's as torch names it, or None for the inputs' own; see `dtypes.py`.
-        out_dtype: what is written, or None for the arithmetic's.
-        threads: how many merge; one more reads.
+        out_dtype: what is written as torch names it, or None for the arithmetic's.
+        threads: how many merge.
         device: "cpu", or where the arithmetic runs.
     """
 
     seed: int
-    dtype: str | None
     out_dtype: str | None
     threads: int
     device: str = "cpu"
@@ -72,8 +67,7 @@ class Settings:
 
 def stream(
     method: Method,
-    jobs: Sequence[Job],
-    sources: Sequence[Source],
+    ahead: ReadAhead,
     outputs: Sequence[Output],
     settings: Settings,
     *,
@@ -84,8 +78,7 @@ def stream(
 
     Args:
         method: the merge method.
-        jobs: one per output tensor, best in the order of the inputs' bytes.
-        sources: the inputs that jobs refer to by index.
+        ahead: gives the jobs with their inputs.
         outputs: their writers expect the tensors of the jobs.
         settings: see there.
         align: brings a job's tensors (the base first, if there is one) to equal shapes.
@@ -99,80 +92,47 @@ def stream(
 
     keep_temporaries()
     torch.set_num_threads(1)  # the threads here are the parallelism; more would wait for each other
-    sizes = [sum(job_sizes(job, sources, settings.dtype)) for job in jobs]
-    pool = BufferPool(max(sizes, default=0) + READ_AHEAD)
     done = 0
 
-    def run(job: Job, tensors: list[Tensor], buffers: list[Tensor]) -> None:
+    def run(read: Read) -> None:
         try:
             with torch.no_grad():
-                _check_finite(job, tensors, sources)
+                tensors = tensors_of(read, ahead.sources)
+                _check_finite(read.job, tensors, ahead.sources)
                 if align is not None:
-                    tensors = align(job, tensors)
-                _check_shapes(job, tensors)
+                    tensors = align(read.job, tensors)
+                _check_shapes(read.job, tensors)
                 if tensors[0].is_floating_point():
-                    _merge(method, job, tensors, outputs, settings)
+                    _merge(method, read.job, tensors, outputs, settings)
                 else:
-                    _copy(job, tensors, outputs)
+                    _copy(read.job, tensors, outputs)
         except BaseException as error:
-            pool.fail(error)  # or the reader would wait for memory that nobody gives back
+            ahead.fail(error)  # so that it ends soon
             raise
         finally:
-            del tensors
-            pool.release(buffers)
+            tensors = []
+            ahead.release(read)
 
     def advance(future: Future[None]) -> None:
         nonlocal done
         future.result()
         done += 1
         if on_progress is not None:
-            on_progress(jobs[done - 1].name, done, len(jobs))
+            on_progress(ahead.jobs[done - 1].name, done, len(ahead.jobs))
 
     with ThreadPoolExecutor(settings.threads, thread_name_prefix="merge") as executor:
         pending: deque[Future[None]] = deque()
         try:
-            for job in jobs:
-                buffers = pool.acquire(job_sizes(job, sources, settings.dtype))
-                tensors = _read(job, sources, buffers, settings.dtype)
-                pending.append(executor.submit(run, job, tensors, buffers))
-                del tensors, buffers
+            for read in ahead:
+                pending.append(executor.submit(run, read))
                 while pending and pending[0].done():
                     advance(pending.popleft())
             while pending:
                 advance(pending.popleft())
         except BaseException as error:
-            pool.fail(error)
+            ahead.fail(error)
             executor.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def job_sizes(job: Job, sources: Sequence[Source], dtype: str | None) -> list[int]:
-    """Bytes of each input of a job in its arithmetic's dtype."""
-    work = _working(job, sources, dtype)
-    return [math.prod(sources[index].tensors[name].shape) * work.itemsize for index, name in job.inputs]
-
-
-def _working(job: Job, sources: Sequence[Source], dtype: str | None) -> torch.dtype:
-    import torch
-
-    found: torch.dtype = getattr(
-        torch, working_dtype([sources[i].tensors[name].dtype for i, name in job.inputs], dtype)
-    )
-    return found
-
-
-def _read(job: Job, sources: Sequence[Source], buffers: Sequence[Tensor], dtype: str | None) -> list[Tensor]:
-    import torch
-
-    work = _working(job, sources, dtype)
-    tensors = []
-    for (index, name), buffer in zip(job.inputs, buffers, strict=True):
-        info = sources[index].tensors[name]
-        if getattr(torch, info.dtype) == work:
-            tensors.append(sources[index].read_into(name, buffer))
-        else:
-            tensors.append(buffer.view(work).view(info.shape).copy_(sources[index].read(name)))
-    return tensors
 
 
 def _merge(method: Method, job: Job, tensors: list[Tensor], outputs: Sequence[Output], settings: Settings) -> None:

@@ -12,13 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mergeguard.checkpoints.manifest import MANIFEST, check_manifest, read_manifest
+from mergeguard.checkpoints.source import open_source
 from mergeguard.errors import CheckpointError, IncompatibleModelsError, MergeguardError, ParameterError
-from mergeguard.mergers import merge_models, parse_merger, streaming
+from mergeguard.mergers import merge_models, parse_merger, read_ahead, spans, streaming
+from mergeguard.mergers.jobs import Job
 from mergeguard.mergers.merge import Options, merge_checkpoints, parse_size
 from robustness_tests.meta.checkpoints_on_disk import SHAPES, State, family, save_model, write_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mergeguard.mergers.buffers import Buffer
 
 
 @pytest.fixture
@@ -136,6 +140,24 @@ def test_dtype_chooses_the_arithmetic_and_out_dtype_the_file(tmp_path: Path) -> 
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("working", ["float16", "bfloat16", "float32", "float64"])
+def test_stored_bytes_become_the_arithmetics_dtype_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, working: str
+) -> None:
+    monkeypatch.setattr(spans, "SPAN", 5)
+    monkeypatch.setattr(spans.spans, "__defaults__", (5,))
+    values = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(stored)
+    for shape in ((63,), (7, 9), (0, 4), ()):
+        state = {"w": values.flatten()[: math.prod(shape)].reshape(shape).clone()}
+        source = open_source(str(save_model(tmp_path / f"{len(shape)}-{math.prod(shape)}", state)))
+        job = Job("w", ((0, "w"),), None, (1.0,), {})
+        with source, read_ahead.ReadAhead([job], [source], working) as ahead:
+            (read,) = ahead
+            (tensor,) = read_ahead.tensors_of(read, [source])
+            assert torch.equal(tensor, state["w"].to(getattr(torch, working)))
+
+
 def test_integer_tensors_are_copied_if_equal_and_refused_if_not(tmp_path: Path) -> None:
     states = [state | {"model.steps": torch.tensor([3, 4])} for state in family(2)]
     models = [save_model(tmp_path / name, state) for name, state in zip("bxy", states, strict=True)]
@@ -199,17 +221,17 @@ def test_a_crash_in_a_kernel_ends_the_merge_and_leaves_nothing(
 def test_memory_for_tensors_is_that_of_the_largest_merge_and_some_to_read_ahead(
     tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "READ_AHEAD", 1000)
+    monkeypatch.setattr(read_ahead, "READ_AHEAD", 1000)
     peak = 0
 
-    class Watched(streaming.BufferPool):
-        def acquire(self, sizes: list[int]) -> list[torch.Tensor]:
+    class Watched(read_ahead.BufferPool):
+        def acquire(self, sizes: list[int]) -> list[Buffer]:
             nonlocal peak
             buffers = super().acquire(sizes)
             peak = max(peak, self._used_bytes + self._free_bytes)
             return buffers
 
-    monkeypatch.setattr(streaming, "BufferPool", Watched)
+    monkeypatch.setattr(read_ahead, "BufferPool", Watched)
     merge_checkpoints(recipe_for(tmp_path, models), tmp_path / "out", Options(threads=4))
     largest = max(math.prod(shape) for shape in SHAPES.values())
     assert 3 * 4 * largest <= peak <= 3 * 4 * largest + 1000
