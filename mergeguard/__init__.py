@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergeguard.matrix.runner import run
+    from mergeguard.mergers.merge import merge_checkpoints
     from mergeguard.mergers.model import merge_models as merge
 
-__all__ = ["__version__", "merge", "run"]
+__all__ = ["__version__", "merge", "merge_checkpoints", "run"]
 __version__ = "0.1.0"
 
 _LOADED_ON_FIRST_USE = {
     "merge": "mergeguard.mergers.model:merge_models",
+    "merge_checkpoints": "mergeguard.mergers.merge:merge_checkpoints",
     "run": "mergeguard.matrix.runner:run",
 }
 

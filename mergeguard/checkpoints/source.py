@@ -244,5 +244,6 @@ def check_view(info: TensorInfo, view: memoryview) -> None:
     Raises:
         ValueError: it is read-only, not contiguous bytes, or of another length.
     """
-    if view.readonly or not view.c_contiguous or view.format != "B" or view.nbytes != info.nbytes:
+    usable = not view.readonly and view.c_contiguous and view.ndim == 1 and view.format == "B"
+    if not usable or view.nbytes != info.nbytes:
         raise ValueError(f"the memory for {info.name} must be {info.nbytes} contiguous writable bytes")

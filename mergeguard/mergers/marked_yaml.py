@@ -201,7 +201,7 @@ class _Composer:
                 raise self._error(
                     event,
                     f"{shown(key)} is given twice, first on line {lines[key]}; YAML would silently keep only the "
-                    "last one. Remove one, or allow duplicate keys",
+                    "last one. Remove one, or pass --allow-duplicate-keys",
                 )
             lines[key] = line
             value = self._node(next(events), events, level + 1, line)

@@ -206,6 +206,11 @@ def _prepare(path: Path, out: Path, options: Options, stack: ExitStack) -> _Prep
         reference: Layout(tuple(source.tensors), _num_layers(source.config)) for reference, source in opened.items()
     }
     plan = resolve(recipe, method, layouts, out=out)
+    if any(job.parameters.get("scope") == "model" for job in plan.jobs):
+        raise ParameterError(
+            "scope is model, which needs whole models in memory; a recipe merges tensor by tensor: leave it out here, "
+            f"or run {method.name}(scope=model) in the matrix"
+        )
     sources = [opened[reference] for reference in plan.inputs]
     warnings = list(plan.notes)
     base = plan.inputs.index(recipe.base_model) if recipe.base_model in plan.inputs else 0

@@ -58,8 +58,10 @@ def check_recipe(recipe: Recipe, method: Method) -> tuple[str, ...]:
         One line for each thing that the recipe says and that has no effect.
 
     Raises:
-        MergeguardError: see `parts_of`; or a parameter is unknown, misplaced, of a wrong type or outside its domain.
+        MergeguardError: see `parts_of`; there is one model only, and the method is not for one; or a parameter is
+            unknown, misplaced, of a wrong type or outside its domain.
     """
+    _check_several(recipe, method)
     notes = [
         f"{recipe.source}:{source.line}: parameters of the base model have no effect on {method.name!r}"
         for part in parts_of(recipe, method)
@@ -84,6 +86,17 @@ def check_recipe(recipe: Recipe, method: Method) -> tuple[str, ...]:
             problem = UnknownNameError(f"parameter of merger {method.name!r}", name, known)
             raise recipe.error(setting.line, str(problem))
     return tuple(notes)
+
+
+def _check_several(recipe: Recipe, method: Method) -> None:
+    """Refuse a recipe of one model, which mergekit copies; a slice of one among others is a part of a merge."""
+    models = {source.model for part in parts_of(recipe, method) for source in part.sources}
+    if len(models) == 1 and method.max_models != 1:
+        raise recipe.error(
+            recipe.lines["models" if recipe.models else "slices"],
+            f"merger {method.name!r} got one model only, {models.pop()!r}; a merge needs two, or a base and a model "
+            "for task vectors; to copy one, use 'passthrough'",
+        )
 
 
 def _check_choice(recipe: Recipe, method: Method, parameter: Parameter, choice: Choice) -> None:

@@ -94,24 +94,27 @@ def stream(
     torch.set_num_threads(1)  # the threads here are the parallelism; more would wait for each other
     done = 0
 
+    def merge(read: Read) -> None:
+        with torch.no_grad():
+            tensors = tensors_of(read, ahead.sources)
+            _check_finite(read.job, tensors, ahead.sources)
+            if align is not None:
+                tensors = align(read.job, tensors)
+            _check_shapes(read.job, tensors)
+            if tensors[0].is_floating_point():
+                _merge(method, read.job, tensors, outputs, settings)
+            else:
+                _copy(read.job, tensors, outputs)
+
     def run(read: Read) -> None:
         try:
-            with torch.no_grad():
-                tensors = tensors_of(read, ahead.sources)
-                _check_finite(read.job, tensors, ahead.sources)
-                if align is not None:
-                    tensors = align(read.job, tensors)
-                _check_shapes(read.job, tensors)
-                if tensors[0].is_floating_point():
-                    _merge(method, read.job, tensors, outputs, settings)
-                else:
-                    _copy(read.job, tensors, outputs)
+            try:
+                merge(read)
+            finally:
+                ahead.release(read)
         except BaseException as error:
-            ahead.fail(error)  # so that it ends soon
+            ahead.fail(error)  # or the reader would wait for memory that nobody gives back
             raise
-        finally:
-            tensors = []
-            ahead.release(read)
 
     def advance(future: Future[None]) -> None:
         nonlocal done

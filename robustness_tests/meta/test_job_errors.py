@@ -9,6 +9,8 @@ import pytest
 from mergeguard.errors import IncompatibleModelsError, MergeguardError
 from mergeguard.mergers.jobs import Layout, find_method
 from mergeguard.mergers.recipe import load_recipe
+from mergeguard.mergers.recipe_rules import check_recipe
+from mergeguard.mergers.registry import MERGERS
 from robustness_tests.meta.planned_recipes import SLICED_SLERP, TWO, Planner, layout, names
 
 
@@ -80,6 +82,42 @@ def test_models_beside_the_base_are_counted(plan: Planner) -> None:
     assert "the recipe has no 't'" in plan.problem(text("slerp", "a"))
     alone = plan(text("ties", "a").replace("parameters: {}}", "parameters: {weight: 1}}"))
     assert alone.jobs[0].models == ((1, "lm_head.weight"),)
+
+
+def one(method: str, *, sliced: bool = False) -> str:
+    """A recipe with one model; no parameter of it is looked at before the models are counted."""
+    whole = "models:\n  - {model: a}\n"
+    slices = "slices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n  - sources: [{model: a, layer_range: [1, 3]}]\n"
+    return f"{slices if sliced else whole}merge_method: {method}\n"
+
+
+@pytest.mark.parametrize("name", sorted(set(MERGERS) - {"passthrough"}))
+def test_one_model_is_not_merged_by_any_registered_method(plan: Planner, name: str) -> None:
+    plan.path.write_text(one(name))
+    recipe = load_recipe(plan.path)
+    with pytest.raises(MergeguardError, match=r"recipe\.yml:[13]: merger '\w+' (got|needs)") as caught:
+        check_recipe(recipe, find_method(recipe))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("sliced", [False, True], ids=["models", "slices"])
+@pytest.mark.parametrize("name", ["linear", "karcher"])
+def test_one_model_is_refused_with_what_a_merge_needs(plan: Planner, name: str, sliced: bool) -> None:
+    assert plan.problem(one(name, sliced=sliced)) == (
+        f"1: merger '{name}' got one model only, 'a'; a merge needs two, or a base and a model for task vectors; "
+        "to copy one, use 'passthrough'"
+    )
+    assert plan(one("passthrough", sliced=sliced)).jobs
+
+
+def test_the_base_alone_is_one_model_too(plan: Planner) -> None:
+    assert "merger 'linear' got one model only, 'a'" in plan.problem(one("linear") + "base_model: a\n")
+    assert "merger 'ties' got no model beside the base" in plan.problem(one("ties") + "base_model: a\n")
+
+
+def test_a_slice_of_one_model_among_others_is_carried_out(plan: Planner) -> None:
+    text = one("linear", sliced=True).replace("model: a", "model: b", 1) + "parameters: {weight: 1}\n"
+    assert {job.models[0][0] for job in plan(text).jobs} == {0, 1}
 
 
 @pytest.mark.parametrize(

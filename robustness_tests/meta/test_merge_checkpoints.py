@@ -280,6 +280,12 @@ def test_settings_that_change_the_meaning_of_weights_are_warned_of(tmp_path: Pat
     assert any("rope_theta=500000.0" in warning for warning in merged.warnings)
 
 
+def test_what_recipes_cannot_do_tensor_by_tensor_is_refused(tmp_path: Path, models: list[Path]) -> None:
+    with pytest.raises(ParameterError, match="scope is model, which needs whole models in memory"):
+        merge_checkpoints(recipe_for(tmp_path, models, parameters={"scope": "model"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_shape_is_refused_by_name(tmp_path: Path, models: list[Path]) -> None:
     state = family(1)[1] | {"model.norm.weight": torch.ones(9)}
     other = save_model(tmp_path / "other", state)

@@ -6,58 +6,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergeguard import cli
 from mergeguard.checkpoints.manifest import MANIFEST, check_manifest
 from robustness_tests.meta.checkpoints_on_disk import CONFIG, SHAPES, State, family, save_model, write_recipe
+from robustness_tests.meta.merge_command import NO_TOKENIZER, Door, door
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).parents[2]
-NO_TOKENIZER = "warning: the merged model has no tokenizer: no model has one\n"
 TIES = {"weight": 0.5, "density": 0.4}
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def only_error(self) -> str:
-        """The one line on stderr, of a refused merge that said nothing else."""
-        (line,) = self.err.splitlines()
-        assert line.startswith("error: ")
-        assert (self.code, self.out) == (2, "")
-        return line.removeprefix("error: ")
-
-
-Door = Callable[..., Said]
 
 
 @pytest.fixture
 def merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Door:
-    """`mergeguard merge`, run in this process from a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_leave_at_once", sys.exit)  # or it would be the end of the tests
-
-    def call(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(cli, "_leave", sys.exit)
-        monkeypatch.setattr(sys, "argv", ["mergeguard", "merge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Said(int(caught.value.code or 0), captured.out, captured.err)
-
-    return call
+    return door(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -192,7 +161,7 @@ def test_an_adapter_is_merged_into_its_base(merge: Door, tmp_path: Path, models:
     save_file(factors, adapter / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    recipe = write_recipe(tmp_path / "recipe.yml", "linear", [Path(f"{models[0]}+{adapter}")], each={"weight": 1})
+    recipe = write_recipe(tmp_path / "recipe.yml", "passthrough", [Path(f"{models[0]}+{adapter}")], each={})
     assert merge(recipe, "out").code == 0
     expected = family(2)[0]
     expected["model.layers.1.self_attn.q_proj.weight"] += 2 * second @ first

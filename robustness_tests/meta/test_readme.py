@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,18 +15,23 @@ import torch
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from mergeguard import cli
+from mergeguard.checkpoints.manifest import MANIFEST, check_manifest
 from mergeguard.cli import app
 from mergeguard.matrix.outcome import VERDICTS
 from mergeguard.matrix.verdict import DECOYS, LEVEL, NULL_DRAWS, RANK_LEVEL
+from mergeguard.mergers.registry import MERGERS
+from mergeguard.mergers.vocabulary import POLICIES
 from mergeguard.protections.registry import PROTECTIONS, make_protection
 from mergeguard.worlds.contract import Budget, Texts
 from robustness_tests.meta import tiny_models
+from robustness_tests.meta.checkpoints_on_disk import family, save_model, write_tokenizer
 from robustness_tests.meta.pages import README, ROOT, code_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from mergeguard.mergers.contract import Method
     from mergeguard.protections.contract import TextProtection
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -165,3 +172,52 @@ def test_the_scheme_of_the_readme_embeds_reads_and_has_decoys(passphrase: type[T
     assert scheme.read(protected.model, tokenizer, protected.evidence, {}).hits == (True,) * 3
     assert scheme.read(protected.model, tokenizer, decoys, {}).trials == 5
     assert not {probe.prompt for probe in scheme.probes(decoys)} & {p.prompt for p in scheme.probes(protected.evidence)}
+
+
+def method_row(method: Method) -> str:
+    """The README's row for a merge method."""
+    base = {"ancestor": "yes", "none": "no", "optional": "optional", "primary": "first"}[method.base]
+    coefficient = {"weight": "weight", "t": "`t`", "none": "none"}[method.weighting]
+    return f"| `{method.name}` | {base} | {coefficient} | {method.citation} |"
+
+
+def test_the_table_of_methods_is_that_of_the_registry() -> None:
+    table = README.partition("<!-- methods -->\n")[2].partition("<!-- /methods -->")[0]
+    assert table.splitlines()[2:] == [method_row(MERGERS.get(name)) for name in MERGERS]
+
+
+def test_the_readme_names_every_vocabulary_policy_and_every_option_of_a_merge() -> None:
+    command: Any = get_command(app)
+    merge = command.commands["merge"]
+    options = {word for parameter in merge.params for word in parameter.opts if word.startswith("--")} - {"--help"}
+    section = README.partition("\n## Merge checkpoints\n")[2].partition("\n## ")[0]
+    assert {option for option in options if f"`{option}" not in section} == set()
+    assert {policy for policy in POLICIES if f"`--vocabulary {policy}`" not in section} == {"refuse"}
+
+
+def test_the_recipe_of_the_readme_merges_by_its_command_and_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_leave", cli._leave)  # a merge decides how the process ends
+    for name, state in zip(("base", "mine", "theirs"), family(2), strict=True):
+        write_tokenizer(save_model(Path("models", name), state), "<u> a b c", "<s>")
+    (recipe,) = code_blocks(README, "yaml")
+    Path("ties.yml").write_text(recipe, encoding="utf-8")
+    merge, check, sweep = [words for words in commands_written(README) if words[0] == "merge" and len(words) > 2]
+
+    for words in (merge, check, sweep):
+        assert app(words, standalone_mode=False) in (None, 0)
+    assert sorted(path.name for path in Path("swept").iterdir()) == ["0.1", "0.5", "0.9"]
+    source = next(block for block in code_blocks(README, "python") if "merge_checkpoints" in block)
+    exec(compile(source, "README.md", "exec"), {})  # noqa: S102 - running it is the test
+
+    assert "every file is as it was written" in capsys.readouterr().out
+    written = {path.name for path in Path("merged").iterdir()}
+    table = README.partition("| file | content |")[2].partition("\n\n")[0]
+    assert written - {"tokenizer.json", "tokenizer_config.json"} == {
+        name for name in re.findall(r"`([^`]+)`", table) if (Path("merged") / name).exists()
+    }
+    assert json.loads(Path("merged", MANIFEST).read_text(encoding="utf-8"))["recipe"]["text"] == recipe
+    assert sorted(path.name for path in Path("merged-twice").iterdir()) == ["0.3", "0.7"]
+    assert check_manifest(Path("merged-twice/0.3")) == []

@@ -63,12 +63,13 @@ def timeless(results: Results) -> Results:
 def test_one_and_two_workers_give_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers are new processes, which find the world and the toy as entry points."""
     monkeypatch.syspath_prepend(str(install(tmp_path / "path")))
-    selected = cases("gaussian_probe", TOY, mergers=["linear", "dare_ties(density=0.4)"], alphas=[0.3, 0.5])
+    mergers = ["linear", "dare_ties(density=0.4)", "karcher"]  # the last without a coefficient
+    selected = cases("gaussian_probe", TOY, mergers=mergers, alphas=[0.3, 0.5])
     alone = run(selected, workers=1, cache_folder=tmp_path / "one")
     together = run(selected, workers=2, cache_folder=tmp_path / "two")
     assert [outcome.id for outcome in alone.outcomes] == [case.id for case in selected]
     assert timeless(together) == timeless(alone)
-    assert len(alone.outcomes) == 8
+    assert len(alone.outcomes) == 10
     assert not multiprocessing.active_children()
 
 
