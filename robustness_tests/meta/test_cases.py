@@ -27,7 +27,7 @@ hundredths = st.lists(st.integers(0, 100), unique=True, min_size=1, max_size=12)
 
 def unweighted(name: str) -> Merger:
     """A merger whose method takes no weights."""
-    return replace(MERGERS.get("linear"), name=name, takes_coefficient=False)()
+    return replace(MERGERS.get("linear"), name=name, weighting="none")()
 
 
 def test_the_default_matrix_has_45_cells_a_protection() -> None:
@@ -138,7 +138,7 @@ def test_nothing_to_run_is_refused(nothing: str) -> None:
         (["gaussian_prob"], ["linear"], "unknown protection 'gaussian_prob'; did you mean 'gaussian_probe'?"),
         (["gaussian_probe"], ["tias"], "unknown merger 'tias'; did you mean 'ties'?"),
         (["gaussian_probe"], ["ties(densty=0.4)"], "did you mean 'density'?"),
-        (["gaussian_probe"], ["xyz"], "unknown merger 'xyz'; known: dare_linear"),
+        (["gaussian_probe"], ["xyz"], "unknown merger 'xyz'; known: arcee_fusion"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(protections: list[str], mergers: list[str], message: str) -> None:
