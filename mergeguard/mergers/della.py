@@ -78,6 +78,7 @@ def keep_mask(delta: Values, like: Tensor, density: float, epsilon: float, gener
     Returns:
         A bool tensor of the same shape, on the CPU.
     """
+    import numpy as np
     import torch
 
     mask = torch.empty(like.shape, dtype=torch.bool)
@@ -92,7 +93,7 @@ def keep_mask(delta: Values, like: Tensor, density: float, epsilon: float, gener
         ranked = torch.empty(order.shape).scatter_(1, order, table.expand(order.shape))
         probabilities = ranked.view(-1, inner, columns).transpose(1, 2).reshape(-1)
         draws = torch.rand(span.stop - span.start, generator=generator)
-        torch.lt(draws, probabilities, out=mask.view(-1)[span])
+        np.less(draws.numpy(), probabilities.numpy(), out=mask.view(-1).numpy()[span])  # torch.lt is slower
     return mask
 
 
@@ -117,11 +118,12 @@ def ascending(magnitudes: Tensor) -> Tensor:
     bits = magnitudes.view(torch.int16 if magnitudes.dtype.itemsize == 2 else torch.int32).numpy()
     columns = bits.shape[1]
     width = (columns - 1).bit_length()
-    short = _shortened(bits, 32 - width)
-    keys = short << width
+    keys = _shortened(bits, 32 - width)
+    keys <<= width
     keys |= np.arange(columns, dtype=np.uint32)
     keys.sort(axis=1)
-    order = torch.from_numpy((keys & ((1 << width) - 1)).astype(np.int64))
+    order = torch.empty(keys.shape, dtype=torch.int64)
+    np.bitwise_and(keys, (1 << width) - 1, out=order.numpy())
     if bits.itemsize == 2 and width <= 17:  # no bit of a 16-bit magnitude was lost
         return order
     keys >>= width
@@ -130,7 +132,7 @@ def ascending(magnitudes: Tensor) -> Tensor:
 
 
 def _shortened(bits: Any, width: int) -> Any:
-    """The bits of magnitudes as integers of `width` bits that order them, though different ones may become equal."""
+    """The bits of magnitudes as new integers of `width` bits that order them; different ones may become equal."""
     import numpy as np
 
     if bits.dtype.itemsize == 2 and width >= 15:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mergeguard.mergers.contract import Generators, Method, Parameter, Parameters, Prepared, always, part
 from mergeguard.mergers.selection import largest
 from mergeguard.mergers.spans import each, spans
+from mergeguard.mergers.sparsify import zeros_and_ones
 from mergeguard.mergers.task_arithmetic import task_vectors, total
 from mergeguard.mergers.ties import elect
 
@@ -81,7 +82,10 @@ def selected(deltas: Prepared, size: int, select_topk: float) -> Tensor:
         variances[span] = variance(deltas(span))
     count = int(torch.count_nonzero(variances) * select_topk)  # in float32, as mergekit: not int(varying * select_topk)
     top = largest(lambda span: part(variances, span), size, count)
-    return torch.cat([top.keeps(variances[span], span) for span in spans(size)])
+    mask = torch.empty(size, dtype=torch.bool)
+    for span in spans(size):
+        mask[span] = top.keeps(variances[span], span)
+    return mask
 
 
 def model_shares(deltas: Prepared, like: Tensor) -> Tensor:
@@ -115,29 +119,35 @@ def _mean_squares(deltas: Prepared, size: int, work: torch.dtype) -> Tensor:
     import torch
 
     accumulator = torch.promote_types(work, torch.float32)
-    sums = [
-        torch.stack([piece.sum(dtype=accumulator) for piece in pieces])
-        for span in spans(size)
-        for pieces in zip(*(torch.split(delta.to(work).square(), _SUM_PART) for delta in deltas(span)), strict=True)
-    ]
-    return (torch.stack(sums, dim=1).contiguous().sum(dim=1) / size).to(work)
+    example = deltas(slice(0, 1))
+    sums = torch.empty(len(example), -(-size // _SUM_PART), dtype=accumulator, device=example[0].device)
+    for span in spans(size):
+        for row, delta in zip(sums, deltas(span), strict=True):
+            pieces = torch.split(delta.to(work).square(), _SUM_PART)
+            for place, piece in enumerate(pieces, span.start // _SUM_PART):
+                row[place] = piece.sum(dtype=accumulator)
+    return (sums.sum(dim=1) / size).to(work)
 
 
 def _prepare(base: Tensor, models: Sequence[Tensor], parameters: Parameters, _generators: Generators) -> Prepared:
-    import torch
-
     size, select_topk = base.numel(), parameters["select_topk"]
     deltas = each(task_vectors(base, models))
     if size == 0:
         return lambda span: [*deltas(span), base.new_ones(len(models))]
-    mask = selected(deltas, size, select_topk).view(torch.uint8).view(base.shape) if select_topk < 1 else None
-
-    def kept(span: Span) -> list[Tensor]:
-        values = deltas(span)
-        return values if mask is None else [value.mul_(part(mask, span)) for value in values]
-
+    kept = deltas if select_topk >= 1 else _only(selected(deltas, size, select_topk), deltas, base)
     shares = model_shares(kept, base)
     return lambda span: [*kept(span), shares]
+
+
+def _only(mask: Tensor, deltas: Prepared, like: Tensor) -> Prepared:
+    """The task vectors, 0 where the flat mask is False."""
+    factors = zeros_and_ones(mask.view(like.shape), like.device)
+
+    def kept(span: Span) -> list[Tensor]:
+        factor = factors(span)
+        return [value * factor for value in deltas(span)]
+
+    return kept
 
 
 def _combine(base: Tensor, parts: Sequence[Tensor], _weights: Sequence[float], _parameters: Parameters) -> Tensor:
