@@ -29,6 +29,7 @@ Entry = tuple[str, str, "Sequence[int]"]
 DEFAULT_SHARD_BYTES = 5_000_000_000
 HASH_STEP = 32 << 20
 """Bytes that are hashed before the thread looks up: whether it shall stop, and which file comes next."""
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has none
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -283,7 +284,7 @@ class ShardedWriter:
                         return
                     stop = min(shard.written.prefix, shard.digest.position + HASH_STEP)
                 shard.digest.follow(shard.descriptor, stop)
-                os.fdatasync(shard.descriptor)  # the disk works meanwhile, and the last fsync has little left to do
+                _SYNC(shard.descriptor)  # the disk works meanwhile, and the last fsync has little left to do
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that finishes must learn of it
             self._failure = error
 

@@ -18,6 +18,7 @@ from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 from mergeguard.errors import MergeguardError, SchemeError, UndecidableError
+from mergeguard.machine import available_cores
 from mergeguard.matrix import gates
 from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.engine import Engine
@@ -46,11 +47,6 @@ class Job:
     seed: int
     case: Case | None = None
     protection: Spec | None = None
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache(maxsize=4)

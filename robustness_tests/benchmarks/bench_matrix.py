@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
+from mergeguard.machine import available_cores
 from mergeguard.matrix.cache import Cache
 from mergeguard.matrix.cases import expand
 from mergeguard.matrix.engine import Engine
 from mergeguard.matrix.recorded import read_records, recorded_file
-from mergeguard.matrix.runner import available_cores, run
+from mergeguard.matrix.runner import run
 from mergeguard.protections.registry import DEFAULT_PROTECTIONS
 from mergeguard.reading import Probe
 from mergeguard.verification.quantize import with_quantized_weights

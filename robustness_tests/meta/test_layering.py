@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 ORDER = ("checkpoints", "mergers", "worlds", "verification", "protections", "matrix", "reports", "testing")
-SHARED = ("errors", "specs", "registry", "reading", "seeds")
+SHARED = ("errors", "specs", "registry", "reading", "seeds", "machine")
 """Modules that everyone may use and that use none of the packages."""
 DOORS = ("pytest_plugin", "cli", "__init__")
 """They may use every package; nobody may use them, except `__main__` the command line."""
