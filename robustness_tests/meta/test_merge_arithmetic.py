@@ -199,3 +199,13 @@ def test_a_large_float16_norm_does_not_overflow() -> None:
     matched = trim(delta, 0.5, rescale="l1")
     assert matched[0].item() == 8
     assert matched[-1].item() == 0
+
+
+@given(st.integers(1, 70), st.integers(0, 70), st.integers(0, 70), st.integers(1, 9))
+@quick
+def test_a_mask_held_as_bits_is_the_mask_in_any_span(size: int, start: int, stop: int, step: int) -> None:
+    mask = dropout_mask(torch.Size([size]), 0.5, generator())
+    factors = sparsify.zeros_and_ones(mask, torch.device("cpu"))
+    assert factors(WHOLE).tolist() == mask.int().tolist()
+    span = slice(min(start, size), min(max(start, stop), size), step)
+    assert factors(span).tolist() == mask[span].int().tolist()
