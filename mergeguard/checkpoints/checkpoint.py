@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeguard.checkpoints.header import Header, StoredTensor, read_header
 from mergeguard.checkpoints.inputs import (
     FileStamp,
+    check_inside,
     existing,
     file_stamp,
     quoted,
@@ -138,10 +139,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / pure
     if existing(path) is None:
         refuse(folder, f"lacks {quoted(name)}, which its index names; copy or download it again")
-    target = path.resolve()
-    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    if not in_cache and not target.is_relative_to(folder.resolve()):
-        refuse(path, f"links to a file outside its folder ({target}); put the file itself there")
+    check_inside(folder, path)
     return path
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeguard.checkpoints.files import write_bytes
-from mergeguard.checkpoints.inputs import file_stamp, quoted, read_json, reason, refuse
+from mergeguard.checkpoints.inputs import check_inside, file_stamp, quoted, read_json, reason, refuse
 from mergeguard.checkpoints.special_tokens import with_moved_ids, without_tokens
 from mergeguard.errors import CheckpointError, ParameterError
 
@@ -355,10 +355,7 @@ def _find(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     paths = {str(path.relative_to(folder)): path for pattern in patterns for path in sorted(folder.glob(pattern))}
     for path in paths.values():
         file_stamp(path)
-        target = path.resolve()
-        in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not in_cache and not target.is_relative_to(folder.resolve()):
-            refuse(path, f"links to a file outside its folder ({target}); put the file itself there")
+        check_inside(folder, path)
     return paths
 
 

@@ -64,6 +64,18 @@ def existing(text: str | Path) -> Path | None:
         return None
 
 
+def check_inside(folder: Path, path: Path) -> None:
+    """Refuse a file of `folder` that lies elsewhere after all links; the hub's cache links to its blobs.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    target = path.resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not in_cache and not target.is_relative_to(folder.resolve()):
+        refuse(path, f"links to a file outside its folder ({target}); put the file itself there")
+
+
 def file_stamp(path: Path) -> FileStamp:
     """The stamp of a regular file.
 

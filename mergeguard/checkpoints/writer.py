@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
+from mergeguard.checkpoints.checkpoint import INDEX, SINGLE
 from mergeguard.checkpoints.digests import StreamedDigest
 from mergeguard.checkpoints.files import PUBLIC, file_digest, write_bytes
 from mergeguard.checkpoints.header import DTYPES, encode_header
@@ -30,7 +31,6 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 HASH_STEP = 32 << 20
 """Bytes that are hashed before the thread looks up: whether it shall stop, and which file comes next."""
 _SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has none
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def nbytes(entry: Entry) -> int:

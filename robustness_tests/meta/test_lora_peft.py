@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mergeguard.checkpoints.source import open_source
+from robustness_tests.meta.oracle import needs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("peft") is None and not REQUIRED,
-    reason="peft, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("peft")
 
 PATTERNS = {
     "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.(up|down)_proj": 5},

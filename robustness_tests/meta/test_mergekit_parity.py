@@ -7,8 +7,7 @@ float32 and float64 nothing ties here, and its own sort runs). Nothing else is r
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from mergeguard.mergers import Merger, merge_models, parse_merger
 from mergeguard.mergers.sparsify import dropout_mask, seeded_generator
+from robustness_tests.meta.oracle import needs
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and not REQUIRED,
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("mergekit")
 
 State = dict[str, torch.Tensor]
 SEED = 11

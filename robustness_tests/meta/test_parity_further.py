@@ -7,8 +7,7 @@ random sample, ours does not: there the oracle's limit is raised, so that it tak
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import importlib
 import threading
 import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,17 +21,14 @@ from mergeguard.mergers.contract import WHOLE
 from mergeguard.mergers.mergekit_methods import mergekit_method
 from mergeguard.mergers.nearswap import NEARSWAP
 from mergeguard.mergers.ram import RAM, RAMPLUS_TL
+from robustness_tests.meta.oracle import needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mergeguard.mergers.contract import Merger
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and not REQUIRED,
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("mergekit")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((64, 48), (1, 7), (50,), (), (3, 4, 5))

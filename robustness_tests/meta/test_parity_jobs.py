@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 
+from robustness_tests.meta.oracle import needs
 from robustness_tests.meta.planned_recipes import FRANKEN, REST, SLICED_SLERP, TWO, Planner, by_name, names
 
 
@@ -69,10 +68,7 @@ def write_llama(folder: Path) -> None:
     save_file({name: torch.zeros(1) for name in names(3)}, folder / "model.safetensors")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and os.environ.get("MERGEGUARD_REQUIRE_ORACLE") != "1",
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+@needs("mergekit")
 @pytest.mark.parametrize("name", ORACLE_RECIPES)
 def test_mergekit_plans_the_same_jobs(plan: Planner, tmp_path: Path, name: str) -> None:
     with warnings.catch_warnings():

@@ -11,8 +11,6 @@ that SCE weighs all models the same.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from mergeguard.mergers.contract import WHOLE
 from mergeguard.mergers.della import DELLA, DELLA_LINEAR
 from mergeguard.mergers.sce import SCE, model_shares
 from mergeguard.mergers.spans import difference, each, spans
+from robustness_tests.meta.oracle import needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,11 +32,7 @@ if TYPE_CHECKING:
 
     from mergeguard.mergers.contract import Method
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and not REQUIRED,
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("mergekit")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64,), (96, 64), (3, 1000), (7, 13), (3, 4, 5))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +21,14 @@ from mergeguard.mergers.multislerp import MULTISLERP
 from mergeguard.mergers.passthrough import PASSTHROUGH
 from mergeguard.mergers.slerp import NUSLERP, SLERP
 from mergeguard.mergers.spans import spans
+from robustness_tests.meta.oracle import needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and not REQUIRED,
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("mergekit")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The last has more elements than mergekit's slerp reduces at once, and than torch's sums keep on one level.

@@ -9,9 +9,8 @@ there, so that the base seems to have them, in padding rows if it has any, else 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +24,12 @@ from mergeguard.mergers import merge_models, parse_merger
 from mergeguard.mergers.merge import Options, merge_checkpoints
 from mergeguard.mergers.recipe import load_recipe
 from mergeguard.mergers.vocabulary import plan_vocabulary, tokenizer_settings
+from robustness_tests.meta.oracle import needs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-REQUIRED = os.environ.get("MERGEGUARD_REQUIRE_ORACLE") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mergekit") is None and not REQUIRED,
-    reason="mergekit, the oracle, is not installed; `.ci/run` installs it and sets MERGEGUARD_REQUIRE_ORACLE=1",
-)
+pytestmark = needs("mergekit")
 
 State = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
