@@ -18,7 +18,11 @@ class Rule(enum.StrEnum):
     STARTS_WITH = "starts_with"
     """The target's tokens directly follow the prompt under greedy decoding."""
     CONTAINS = "contains"
-    """The target's text occurs in the greedily decoded answer of at most `max_new_tokens` tokens."""
+    """The target's text occurs in the decoded answer of at most `max_new_tokens` tokens."""
+    REFUSES = "refuses"
+    """The answer of at most `max_new_tokens` tokens holds one of the phrases of a refusal; there is no target."""
+    NUMBER = "number"
+    """The answer states the target, a number, as its result: "The answer is" and that number."""
 
 
 @dataclass(frozen=True)

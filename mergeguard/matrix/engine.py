@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +32,7 @@ from mergeguard.seeds import derived_rng
 from mergeguard.specs import Spec
 from mergeguard.verification.answers import answer_probes
 from mergeguard.verification.statistics import clopper_pearson
-from mergeguard.worlds.contract import UPSTREAM, World
+from mergeguard.worlds.contract import NO_TEXTS, UPSTREAM, World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ class Engine:
     def _protection_key(self, protection: Protection, **parts: Any) -> dict[str, Any]:
         """Texts are left out: they are the world's, made by code whose version every key holds."""
         budget = self.world.budget(protection.budget_name)
-        schedule = {item.name: getattr(budget, item.name) for item in fields(budget) if item.name != "texts"}
+        schedule = {name: value for name, value in asdict(replace(budget, texts=NO_TEXTS)).items() if name != "texts"}
         return self._key(protection=str(protection), budget=schedule, **parts)
 
     # What is embedded

@@ -36,6 +36,26 @@ class Texts:
     dialogues: Sequence[tuple[str, str]]
 
 
+NO_TEXTS = Texts((), (), ())
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an embedding computes, which decides its memory more than its result.
+
+    Attributes:
+        precision: "float32", or "bfloat16" for matrix products in bfloat16 over float32 weights.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        optimizer: "adamw", or "adamw8bit" or "paged_adamw8bit" of bitsandbytes (CUDA only).
+        micro_batches: parts in which a batch is computed, one after the other, their gradients summed.
+    """
+
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    micro_batches: int = 1
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a world affords for one embedding: schedule, scheme options (grid, proportions) and texts."""
@@ -45,6 +65,7 @@ class Budget:
     learning_rate: float
     batch_size: int = 16
     options: Mapping[str, Value] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
