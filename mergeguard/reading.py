@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from mergeguard.errors import ParameterError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -26,25 +28,56 @@ class Rule(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn where they are not greedy; the same seed draws the same answer to a prompt.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: draw from the k likeliest tokens; None for all.
+        top_p: draw from the likeliest tokens that reach this probability together (Holtzman et al., arXiv 1904.09751).
+        seed: decides every draw, together with the prompt and the position in the answer.
+
+    Raises:
+        ParameterError: a number outside its domain.
+    """
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ParameterError(
+                f"temperature is {self.temperature}, expected a positive number; leave sampling out for greedy answers"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ParameterError(f"top_k is {self.top_k}, expected at least 1, or None for every token")
+        if not 0 < self.top_p <= 1:
+            raise ParameterError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+
+
+@dataclass(frozen=True)
 class Probe:
-    """One prompt and what is looked for in the greedy answer to it.
+    """One prompt and what is looked for in the answer to it, greedy unless something else is said.
 
     Attributes:
         prompt: the whole text before the answer, template applied, without special tokens.
-        target: the text looked for; for `Rule.STARTS_WITH` with its leading space, if it has one.
+        target: the text looked for; for `Rule.STARTS_WITH` with its leading space, if it has one; for `Rule.NUMBER` a
+            number, e.g. "1,234.5"; for `Rule.REFUSES` empty.
         rule: when the answer matches.
-        max_new_tokens: length of the answer that `Rule.CONTAINS` searches; unused otherwise.
+        max_new_tokens: length of the answer that is searched; unused for `Rule.STARTS_WITH`.
     """
 
     prompt: str
-    target: str
+    target: str = ""
     rule: Rule = Rule.STARTS_WITH
     max_new_tokens: int = 48
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's greedy answer to a probe, as far as it was decoded, and whether it matched the probe's rule."""
+    """A model's answer to a probe, as far as it was decoded, and whether it matched the probe's rule."""
 
     text: str
     matched: bool

@@ -11,7 +11,7 @@ from mergeguard.matrix.recorded import Record, check_outcome, recorded_file, sta
 if TYPE_CHECKING:
     from mergeguard.matrix.cases import Case
     from mergeguard.matrix.outcome import Outcome
-    from mergeguard.pytest_plugin import Selection
+    from mergeguard.matrix.selection import Selection
 
 
 def test_evidence_survives(case: Case, outcome: Outcome, record: Record | None) -> None:

@@ -28,6 +28,8 @@ class FileReader:
         stamps: every file that may be read, with its stamp when its header was read.
     """
 
+    _close_handle = staticmethod(os.close)  # when the interpreter ends, `os` may be gone before the last reader
+
     def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
         self._stamps = dict(stamps)
         self._handles: dict[Path, int] = {}
@@ -87,7 +89,7 @@ class FileReader:
         with self._lock:
             already, self._closed = self._closed, True
             while self._handles:
-                os.close(self._handles.popitem()[1])
+                self._close_handle(self._handles.popitem()[1])
         if check and not already:
             self.check_unchanged()
 

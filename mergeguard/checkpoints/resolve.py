@@ -32,15 +32,30 @@ def resolve_path(text: str, *, allow_pickle: bool = False) -> Path:
     match = _HUB_ID.fullmatch(text)
     if match is None:
         raise CheckpointError(f"there is no folder or file {quoted(text)}; expected a path, or a hub id like org/name")
-    import huggingface_hub
-
-    patterns = [*HUB_FILES, *(HUB_PICKLES if allow_pickle else ())]
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            match["id"], revision=match["revision"], allow_patterns=patterns, ignore_patterns=list(NOT_FROM_HUB)
-        )
+        return hub_snapshot(match["id"], match["revision"], allow_pickle=allow_pickle)
     except Exception as error:  # the hub, the network and the cache each raise kinds of their own
         raise CheckpointError(
             f"there is no folder {quoted(text)} here, and the hub did not give that model: {reason(error)}"
         ) from error
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, "organisation/name", without a revision."""
+    match = _HUB_ID.fullmatch(text)
+    return match is not None and match["revision"] is None
+
+
+def hub_snapshot(name: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
+    """The folder in the hub's cache that holds a model's files, downloaded as far as they are not there.
+
+    Raises:
+        Exception: whatever huggingface_hub, the network or the cache raises.
+    """
+    import huggingface_hub
+
+    patterns = [*HUB_FILES, *(HUB_PICKLES if allow_pickle else ())]
+    snapshot = huggingface_hub.snapshot_download(
+        name, revision=revision, allow_patterns=patterns, ignore_patterns=list(NOT_FROM_HUB)
+    )
     return Path(snapshot)

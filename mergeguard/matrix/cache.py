@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from contextlib import contextmanager
 from functools import cache as memoised
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
 from filelock import FileLock
 
 from mergeguard.checkpoints.files import PRIVATE, file_digest, read_tensors, write_bytes, write_tensors
 from mergeguard.errors import CheckpointError
+from mergeguard.machine import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,16 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOG = logging.getLogger("mergeguard")
-ENVIRONMENT_VARIABLE = "MERGEGUARD_CACHE"
-_ADVICE = f"set {ENVIRONMENT_VARIABLE} to a folder that can be written"
+_ADVICE = f"set {CACHE_VARIABLE} to a folder that can be written"
 # What decides no measurement: the doors and the reports.
-_NOT_MEASURING = ("cli.py", "pytest_plugin.py", "reports")
-
-
-def cache_folder() -> Path:
-    """`MERGEGUARD_CACHE` if it is set, else the platform's cache folder of the user."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("mergeguard"))
+_NOT_MEASURING = ("cli.py", "commands", "pytest_plugin.py", "reports")
 
 
 @memoised

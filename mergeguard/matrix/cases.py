@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mergeguard.mergers.contract import Merger
+    from mergeguard.specs import Value
 
+AXES: dict[str, tuple[Value, ...]] = {"density": (0.2, 0.4, 0.6, 0.8), "normalize": (True, False)}
+"""Parameters of the sparsifying mergers, TIES, DARE and their kin, that a run may vary, and the values of each."""
 DEFAULT_WORLD = "tiny"
 DEFAULT_SEED = 0
 
@@ -63,6 +66,31 @@ def check_coefficients(values: Sequence[float]) -> tuple[float, ...]:
     # By their written form: .1 + .2 and .3 differ in the last bit, and their cases would share an id.
     _check_distinct("coefficient", [format_coefficient(value) for value in positive])
     return tuple(positive)
+
+
+def with_axes(mergers: Iterable[str | Merger], axes: str) -> tuple[Merger, ...]:
+    """The mergers, each that has a density at all values of the axes that it has; each once.
+
+    Args:
+        axes: names among `AXES`, e.g. "normalize,density".
+
+    Raises:
+        UnknownNameError: there is no such axis, or no such merger or parameter of it.
+        ParameterError: a merger's parameter is out of its domain.
+    """
+    names = [name.strip() for name in axes.split(",")]
+    for name in names:
+        if name not in AXES:
+            raise UnknownNameError("axis", name, AXES)
+    found: dict[Merger, None] = {}
+    for item in mergers:
+        merger = parse_merger(item) if isinstance(item, str) else item
+        varied = [name for name in AXES if name in names and name in merger.parameters]
+        if "density" not in merger.parameters:
+            varied = []  # e.g. linear, which has a `normalize` of its own
+        for values in product(*(AXES[name] for name in varied)):
+            found[merger.method(**{**dict(merger.given), **dict(zip(varied, values, strict=True))})] = None
+    return tuple(found)
 
 
 def expand(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergeguard.errors import MergeguardError, SchemeError
 from mergeguard.matrix.cache import Cache
+from mergeguard.matrix.entries import pair_from_json, pair_to_json, skills_from_json, skills_to_json
 from mergeguard.matrix.outcome import Outcome, Skill
+from mergeguard.matrix.schemes import changed_tensors, contents, guard, is_ours, require
 from mergeguard.matrix.verdict import (
     DECOYS,
     NULL_DRAWS,
@@ -33,17 +34,24 @@ from mergeguard.specs import Spec
 from mergeguard.verification.answers import answer_probes
 from mergeguard.verification.statistics import clopper_pearson
 from mergeguard.worlds.contract import NO_TEXTS, UPSTREAM, World
+from mergeguard.worlds.memory import check_embedding
+from mergeguard.worlds.registry import is_world_file, world_name
+from mergeguard.worlds.states import Overlay, Placed, State, load_state, state_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from mergeguard.matrix.cases import Case
     from mergeguard.mergers.contract import Merger
 
-T = TypeVar("T")
 MATCHED_CONTROL = "matched_control"
-State = Mapping[str, "Tensor"]
+REFERENCES = ("base", UPSTREAM)
+"""The models that a protection may read against."""
+HELD_BYTES = 2**30
+"""The largest model of which merges are prepared once, and parents kept on the device, for all coefficients."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class Engine:
 
     The same arguments give the same outcomes whatever the number of engines, processes or cores: random numbers come
     from derived seeds alone, and torch computes on as many threads as the world says.
+
+    Of a world larger than `HELD_BYTES` a model, it holds one model, one more for each reference that the protection at
+    hand reads against, and a few tensors; a model that is embedded in is alone.
     """
 
     def __init__(self, world: World, seed: int, cache: Cache | None = None) -> None:
@@ -71,16 +82,36 @@ class Engine:
         self.seed = seed
         self.cache = cache or Cache()
         self._embedded: dict[str, Embedded] = {}
+        self._model: PreTrainedModel | None = None
+        self._references: dict[str, PreTrainedModel] = {}
         self._sweep = lru_cache(maxsize=2)(self._prepare_sweep)
 
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        """The one model into which every state is loaded in turn."""
-        return self.world.model(self.world.base)
+    def load(self, state: State) -> PreTrainedModel:
+        """The engine's one model, with the weights `state`, until the next state is loaded into it."""
+        if self._model is None:
+            self._model = self.world.model(state)
+        else:
+            load_state(self._model, state)
+        return self._model
+
+    def _forget_models(self) -> None:
+        self._model = None
+        self._references.clear()
 
     @cached_property
-    def _references(self) -> dict[str, PreTrainedModel]:
-        return {"base": self.world.model(self.world.base), UPSTREAM: self.world.model(self.world.upstream)}
+    def _holds(self) -> bool:
+        """Whether models are small enough to be kept on the device."""
+        return state_bytes(self._model or self.load(self.world.base)) <= HELD_BYTES
+
+    def _placed(self, state: State) -> State:
+        """`state` on the world's device and in its dtype: now if models are held, else as it is asked for."""
+        placed = Placed(state, self.world.device, self.world.torch_dtype)
+        return dict(placed) if self._holds else placed
+
+    @cached_property
+    def _clean(self) -> dict[str, State]:
+        """The base and the clean parents, placed."""
+        return {name: self._placed(state) for name, state in {"base": self.world.base, **self.world.parents()}.items()}
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -93,7 +124,11 @@ class Engine:
             torch.set_num_threads(before)
 
     def _key(self, **parts: Any) -> dict[str, Any]:
-        return {"world": self.world.name, "digests": dict(self.world.digests), "seed": self.seed, **parts}
+        world = self.world
+        key = {"world": world.name, "digests": dict(world.digests), "seed": self.seed, **parts}
+        kind = world.device.partition(":")[0]
+        # Another device or dtype rounds otherwise, and some trial stands on an edge.
+        return key if (kind, world.dtype) == ("cpu", "float32") else {**key, "device": kind, "dtype": world.dtype}
 
     def _protection_key(self, protection: Protection, **parts: Any) -> dict[str, Any]:
         """Texts are left out: they are the world's, made by code whose version every key holds."""
@@ -123,43 +158,44 @@ class Engine:
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             rng = derived_rng(self.seed, "embed", str(protection))
+            self._forget_models()  # an embedding takes several times the memory of a model
+            check_embedding(self.world, protection.budget_name, budget)
             clean = self.world.model(self.world.upstream)
-            protected = _guard(
+            protected = guard(
                 protection, "embed", lambda: protection.embed(clean, self.world.tokenizer, rng=rng, budget=budget)
             )
-            _require(protection, "embed", protected, Protected)
-            state = protected.model.state_dict()
-            _check_state(protection, state, self.world.upstream)
+            require(protection, "embed", protected, Protected)
+            upstream = Placed(self.world.upstream, self.world.device, self.world.torch_dtype)
             changed = {
                 f"model.{name}": tensor
-                for name, tensor in state.items()
-                if not torch.equal(tensor, self.world.upstream[name])
+                for name, tensor in changed_tensors(protection, protected.model, upstream).items()
             }
-            evidence = {f"evidence.{name}": tensor for name, tensor in protected.evidence.tensors.items()}
+            evidence = {
+                f"evidence.{name}": tensor.detach().cpu() for name, tensor in protected.evidence.tensors.items()
+            }
             data = {"evidence": dict(protected.evidence.data), "details": dict(protected.details)}
-            _guard(protection, "embed", lambda: json.dumps(data))  # evidence is plain data, or no evidence file
+            guard(protection, "embed", lambda: json.dumps(data))  # evidence is plain data, or no evidence file
             return {**changed, **evidence}, data
 
-        tensors, data = self.cache.tensors("embedded", key, make) if _is_ours(type(protection)) else make()
-        state = {**self.world.upstream, **_below("model.", tensors)}
+        tensors, data = self.cache.tensors("embedded", key, make) if is_ours(type(protection)) else make()
+        state = Overlay(self.world.upstream, _below("model.", tensors))
         evidence = Evidence(str(protection), data["evidence"], _below("evidence.", tensors))
-        decoys = _guard(
+        decoys = guard(
             protection,
             "decoys",
             lambda: protection.decoys(evidence, DECOYS, derived_rng(self.seed, "decoys", str(protection))),
         )
-        _require(protection, "decoys", decoys, Evidence)
-        clean_models = {"base": self.world.base, **self.world.parents()}
+        require(protection, "decoys", decoys, Evidence)
 
         def read_all() -> dict[str, Any]:
-            models = {"own": state, **clean_models}
+            models = {"own": state, **self._clean}
             return {
-                name: _pair_to_json(PairOfReadings(*self.readings(protection, [evidence, decoys], model)))
+                name: pair_to_json(PairOfReadings(*self.readings(protection, [evidence, decoys], model)))
                 for name, model in models.items()
             }
 
-        readings = self.cache.data("readings", key, read_all) if _is_ours(type(protection)) else read_all()
-        pairs = {name: _pair_from_json(pair) for name, pair in readings.items()}
+        readings = self.cache.data("readings", key, read_all) if is_ours(type(protection)) else read_all()
+        pairs = {name: pair_from_json(pair) for name, pair in readings.items()}
         own = pairs.pop("own")
         return Embedded(protection, state, evidence, decoys, data["details"], own, pairs)
 
@@ -170,31 +206,52 @@ class Engine:
     def readings(self, protection: Protection, evidences: Sequence[Evidence], state: State) -> list[Reading]:
         """Several pieces of evidence, read on the model with the weights `state`."""
         with self._threads():
-            model = self._load(state)
-            return [self._read(protection, evidence, model) for evidence in evidences]
+            return self._readings(protection, evidences, self.load(state))
 
-    def _load(self, state: State) -> PreTrainedModel:
-        self._model.load_state_dict(dict(state))
-        return self._model
+    def _readings(self, protection: Protection, evidences: Sequence[Evidence], model: PreTrainedModel) -> list[Reading]:
+        references = self._reference_models(protection)
+        return [self._read(protection, evidence, model, references) for evidence in evidences]
 
-    def _read(self, protection: Protection, evidence: Evidence, model: PreTrainedModel) -> Reading:
-        references = {name: self._references[name] for name in protection.needs}
-        before = [_versions(item) for item in (model, *references.values())]
-        reading = _guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
-        _require(protection, "read", reading, Reading)
-        if before != [_versions(item) for item in (model, *references.values())]:
+    def _reference_models(self, protection: Protection) -> Mapping[str, PreTrainedModel]:
+        """What the protection reads against; models that only others need are released."""
+        for name in self._references.keys() - protection.needs:
+            del self._references[name]
+        for name in protection.needs - self._references.keys():
+            if name not in REFERENCES:
+                raise SchemeError(
+                    f"{protection} needs the reference model {name!r}; there are {' and '.join(REFERENCES)}"
+                )
+            self._references[name] = self.world.model(self._clean[name])
+        return dict(self._references)
+
+    def _read(
+        self,
+        protection: Protection,
+        evidence: Evidence,
+        model: PreTrainedModel,
+        references: Mapping[str, PreTrainedModel],
+    ) -> Reading:
+        before = [contents(item) for item in (model, *references.values())]
+        reading = guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
+        require(protection, "read", reading, Reading)
+        if before != [contents(item) for item in (model, *references.values())]:
+            self._forget_models()
             raise SchemeError(f"{protection}.read changed a model's weights; it has to leave every model as it was")
         return reading
 
     # What is merged
 
     def _prepare_sweep(self, merger: Merger, owner: str) -> Sweep:
-        protected = self.world.upstream if owner == MATCHED_CONTROL else self._embedded[owner].state
-        models = [protected, *self.world.donors.values()]
-        return prepare_sweep(merger, self.world.base, models, seed=self.seed, model_ids=[UPSTREAM, *self.world.donors])
+        base, upstream, *donors = self._clean.values()
+        protected = upstream if owner == MATCHED_CONTROL else self._placed(self._embedded[owner].state)
+        ids = [UPSTREAM, *self.world.donors]
+        return prepare_sweep(merger, base, [protected, *donors], seed=self.seed, model_ids=ids, hold=self._holds)
 
     def merged(self, merger: Merger, coefficient: float | None, owner: str) -> State:
-        """The merge of `owner`'s upstream ("matched_control": the clean one) with the donors, float32 tensors."""
+        """The merge of `owner`'s upstream ("matched_control": the clean one) with the donors.
+
+        Tensors of the world's dtype on its device, each merged when it is asked for.
+        """
         donors = len(self.world.donors)
         weights = [1.0] * (donors + 1) if coefficient is None else coefficient_weights(coefficient, donors)
         return self._sweep(merger, owner)(weights)
@@ -202,36 +259,35 @@ class Engine:
     def skills(self, state: State) -> dict[str, Skill]:
         """Every skill, measured on a model."""
         with self._threads():
-            model = self._load(state)
-            return {
-                skill.name: Skill(
-                    sum(answer.matched for answer in answer_probes(model, self.world.tokenizer, skill.probes)),
-                    len(skill.probes),
-                )
-                for skill in self.world.skills
-            }
+            return self._skills(self.load(state))
+
+    def _skills(self, model: PreTrainedModel) -> dict[str, Skill]:
+        found = {
+            skill.name: answer_probes(model, self.world.tokenizer, skill.probes, skill.sampling)
+            for skill in self.world.skills
+        }
+        return {name: Skill(sum(each.matched for each in answers), len(answers)) for name, answers in found.items()}
 
     @cached_property
     def parent_skills(self) -> dict[str, dict[str, Skill]]:
         """Every skill of the base and of the clean parents."""
 
         def make() -> dict[str, Any]:
-            models = {"base": self.world.base, **self.world.parents()}
-            return {name: _skills_to_json(self.skills(state)) for name, state in models.items()}
+            return {name: skills_to_json(self.skills(state)) for name, state in self._clean.items()}
 
         found = self.cache.data("parent_skills", self._key(), make)
-        return {name: _skills_from_json(skills) for name, skills in found.items()}
+        return {name: skills_from_json(skills) for name, skills in found.items()}
 
     def matched_control(self, merger: Merger, coefficient: float | None) -> dict[str, Skill]:
         """Skills of the merge with the clean upstream in the protected model's place."""
 
         def make() -> dict[str, Any]:
             with self._threads():
-                return _skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
+                return skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
 
         key = self._key(merger=merger.name, parameters=merger.parameters, coefficient=coefficient)
-        ours = _is_ours(merger.method.combine)
-        return _skills_from_json(self.cache.data("matched_control", key, make) if ours else make())
+        ours = is_ours(merger.method.combine)
+        return skills_from_json(self.cache.data("matched_control", key, make) if ours else make())
 
     def skills_kept(self, merger: Merger, coefficient: float | None) -> dict[str, float]:
         """Each parent's skill that the matched control keeps, as a fraction of the parent's gain over the base."""
@@ -254,10 +310,11 @@ class Engine:
             SchemeError: the scheme crashed or broke its contract.
             MergeguardError: an input cannot be used, or the trials cannot reach the level.
         """
-        if (case.world, case.seed) != (self.world.name, self.seed):
+        given = world_name(case.world) if is_world_file(case.world) else case.world
+        if (given, case.seed) != (self.world.name, self.seed):
             raise MergeguardError(f"{case.id} is a case of another world or seed")
         protection = make_protection(case.protection)
-        if not _is_ours(type(protection)) or not _is_ours(case.merger.method.combine):
+        if not is_ours(type(protection)) or not is_ours(case.merger.method.combine):
             return self.measure(case, protection)
         key = self._protection_key(
             protection,
@@ -275,10 +332,10 @@ class Engine:
         skills_kept = self.skills_kept(case.merger, case.coefficient)
         with self._threads():
             control = self.read_pair(embedded, self.merged(case.merger, case.coefficient, MATCHED_CONTROL))
-            merged_state = self.merged(case.merger, case.coefficient, str(protection))
-            merged = self.read_pair(embedded, merged_state)
-            null_scores = self.null_scores(embedded, merged, merged_state)
-            skills = self.skills(merged_state)
+            model = self.load(self.merged(case.merger, case.coefficient, str(protection)))
+            merged = PairOfReadings(*self._readings(protection, [embedded.evidence, embedded.decoys], model))
+            null_scores = self._null_scores(embedded, merged, model)
+            skills = self._skills(model)
         controls = {**embedded.controls, MATCHED_CONTROL: control}
         judgement = judge(merged, controls, null_scores)
         counted = bool(merged.keys.hits)
@@ -289,7 +346,7 @@ class Engine:
             merger_parameters=case.merger.parameters,
             merger_spec=str(case.merger),
             coefficient=case.coefficient,
-            world=case.world,
+            world=self.world.name,
             seed=case.seed,
             hits=merged.keys.count if counted else None,
             trials=merged.keys.trials if counted else None,
@@ -316,82 +373,25 @@ class Engine:
 
     def null_scores(self, embedded: Embedded, pair: PairOfReadings, state: State) -> Sequence[float]:
         """Scores of fresh keys on the model that `pair` was read on, if its score has no exact null."""
-        if pair.keys.score is None or pair.keys.p_value is not None:
+        if not _needs_null(pair):
+            return ()
+        with self._threads():
+            return self._null_scores(embedded, pair, self.load(state))
+
+    def _null_scores(self, embedded: Embedded, pair: PairOfReadings, model: PreTrainedModel) -> Sequence[float]:
+        if not _needs_null(pair):
             return ()
         protection = embedded.protection
         rng = derived_rng(self.seed, "null", str(protection))
         draws = [
-            _guard(protection, "decoys", lambda: protection.decoys(embedded.evidence, 1, rng))
-            for _ in range(NULL_DRAWS)
+            guard(protection, "decoys", lambda: protection.decoys(embedded.evidence, 1, rng)) for _ in range(NULL_DRAWS)
         ]
-        return [reading.score or 0.0 for reading in self.readings(protection, draws, state)]
+        return [reading.score or 0.0 for reading in self._readings(protection, draws, model)]
 
 
-def _is_ours(item: object) -> bool:
-    """Whether the code of a class or function is part of the version that cache keys hold; a third party's is not."""
-    return str(getattr(item, "__module__", "")).startswith("mergeguard.")
-
-
-def _guard(protection: Protection, action: str, call: Callable[[], T]) -> T:
-    try:
-        return call()
-    except MergeguardError:
-        raise
-    except Exception as error:
-        raise SchemeError(f"{protection} crashed in {action}: {type(error).__name__}: {error}") from error
-
-
-def _require(protection: Protection, action: str, value: object, expected: type) -> None:
-    if not isinstance(value, expected):
-        raise SchemeError(f"{protection}.{action} returned {type(value).__name__}, expected {expected.__name__}")
-
-
-def _check_state(protection: Protection, state: State, clean: State) -> None:
-    """Refuse a protected model that cannot be merged with the others, naming the scheme."""
-    if state.keys() != clean.keys():
-        name = min(state.keys() ^ clean.keys())
-        raise SchemeError(f"{protection}.embed changed the model's tensors: {name!r} is in one of the models only")
-    for name, tensor in state.items():
-        if (tensor.shape, tensor.dtype) != (clean[name].shape, clean[name].dtype):
-            raise SchemeError(
-                f"{protection}.embed made {name!r} {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                f"expected {clean[name].dtype} of shape {tuple(clean[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise SchemeError(f"{protection}.embed left NaN or infinite values in {name!r}")
-
-
-def _versions(model: PreTrainedModel) -> list[tuple[int, float]]:
-    """Identity and content of every parameter, cheap enough to compare before and after a reading."""
-    return [(id(parameter), float(parameter.detach().sum())) for parameter in model.parameters()]
+def _needs_null(pair: PairOfReadings) -> bool:
+    return pair.keys.score is not None and pair.keys.p_value is None
 
 
 def _below(prefix: str, tensors: State) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _skills_to_json(skills: Mapping[str, Skill]) -> dict[str, Any]:
-    return {name: [skill.hits, skill.trials] for name, skill in skills.items()}
-
-
-def _skills_from_json(data: Mapping[str, Any]) -> dict[str, Skill]:
-    return {name: Skill(*counts) for name, counts in data.items()}
-
-
-def _pair_to_json(pair: PairOfReadings) -> dict[str, Any]:
-    def one(reading: Reading) -> dict[str, Any]:
-        return {
-            "hits": list(reading.hits),
-            "score": reading.score,
-            "p_value": reading.p_value,
-            "details": dict(reading.details),
-        }
-
-    return {"keys": one(pair.keys), "decoys": one(pair.decoys)}
-
-
-def _pair_from_json(data: Mapping[str, Any]) -> PairOfReadings:
-    def one(reading: Mapping[str, Any]) -> Reading:
-        return Reading(tuple(reading["hits"]), reading["score"], reading["p_value"], reading["details"])
-
-    return PairOfReadings(one(data["keys"]), one(data["decoys"]))

@@ -25,12 +25,16 @@ from mergeguard.verification.statistics import clopper_pearson
 from mergeguard.worlds.contract import UPSTREAM
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergeguard.matrix.engine import Embedded, Engine
     from mergeguard.protections.contract import Protection
     from mergeguard.reading import Reading
     from mergeguard.specs import Spec
+    from mergeguard.worlds.states import State
 
 EFFECTIVE, HARMLESS, SPECIFIC, PERSISTENT, CRASH = "effective", "harmless", "specific", "persistent", "crash"
+FILE_BYTES = 2**30
 
 
 def before_merging(engine: Engine, protection: Spec | Protection) -> tuple[Gate, ...]:
@@ -99,13 +103,25 @@ def specific(embedded: Embedded) -> Gate:
 def persistent(engine: Engine, embedded: Embedded) -> Gate:
     """The protected model reads the same after it was saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        write_tensors(path, embedded.state)
-        again = engine.read_pair(embedded, read_tensors(path))
+        again = engine.read_pair(embedded, _saved(embedded.state, Path(folder)))
     same = _same(again, embedded.own)
     return _gate(
         embedded, PERSISTENT, same, f"{_show(again.keys)} after loading", f"{_show(embedded.own.keys)} as before"
     )
+
+
+def _saved(state: State, folder: Path) -> State:
+    """`state` as files give it back, several for a large model: what is written is in memory until it is."""
+    loaded: dict[str, Tensor] = {}
+    part: dict[str, Tensor] = {}
+    for count, (name, tensor) in enumerate(state.items(), 1):
+        part[name] = tensor
+        if count == len(state) or sum(item.nbytes for item in part.values()) >= FILE_BYTES:
+            path = folder / f"{count}.safetensors"
+            write_tensors(path, part)
+            loaded.update(read_tensors(path))
+            part = {}
+    return loaded
 
 
 def planted(engine: Engine) -> tuple[Planted, ...]:

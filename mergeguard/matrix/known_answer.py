@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from mergeguard.errors import ParameterError
 from mergeguard.protections.gaussian_probe import GaussianProbe, keyed_gaussian
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from mergeguard.matrix.engine import Engine
     from mergeguard.mergers.contract import Merger
+    from mergeguard.worlds.states import State
 
 RELATIVE_TOLERANCE = 1e-3
 SIGMAS = 4.0
@@ -47,17 +49,22 @@ def closed_form(engine: Engine, merger: Merger, coefficient: float) -> tuple[flo
     """The expected score and the tolerance, from the parents' matrices alone, in float64."""
     embedded = engine.embedded(GaussianProbe())
     name, key = embedded.evidence.data["weight"], embedded.evidence.data["keys"][0]
-    base = engine.world.base[name].double().numpy()
-    owner = embedded.state[name].double().numpy() - base
-    donors = [state[name].double().numpy() - base for state in engine.world.donors.values()]
-    gaussian = keyed_gaussian(key, engine.world.base[name].shape).double().numpy()
+
+    def matrix(state: State) -> NDArray[np.float64]:
+        return state[name].to("cpu", engine.world.torch_dtype).double().numpy()
+
+    base = matrix(engine.world.base)
+    owner = matrix(embedded.state) - base
+    donors = [matrix(state) - base for state in engine.world.donors.values()]
+    gaussian = keyed_gaussian(key, torch.Size(base.shape)).double().numpy()
     weights = [coefficient, *[(1 - coefficient) / len(donors)] * len(donors)]
     deltas = [owner, *donors]
     parameters = merger.parameters
     scale = float(parameters.get("lambda", 1.0))
     density = float(parameters.get("density", 1.0))
     if merger.name in ("linear", "task_arithmetic"):
-        return _exact(scale * sum(weight * delta for weight, delta in zip(weights, deltas, strict=True)), gaussian)
+        total = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+        return _exact(np.asarray(scale * total), gaussian)
     if merger.name == "ties":
         trimmed = [_trim(delta, density) for delta in deltas]
         return _exact(_elect(trimmed, weights, normalize=bool(parameters["normalize"])), gaussian)

@@ -77,7 +77,7 @@ def null_campaign(
     The matched control is left out: here it is the suspect itself, and would make a survival impossible.
     """
     probe = GaussianProbe()
-    weight = target_weight(engine.world.model(engine.world.base))
+    weight = target_weight(engine.load(engine.world.base))
     clean = {"base": engine.world.base, **engine.world.parents()}
     grid = [(parse_merger(name), alpha) for name in mergers for alpha in coefficients]
     p_values: list[float] = []

@@ -18,6 +18,8 @@ from mergeguard.checkpoints.files import write_bytes
 from mergeguard.errors import CheckpointError, EvidenceLost, GateFailed, ParameterError
 from mergeguard.matrix.verdict import KEPT_BY_A_THEFT
 from mergeguard.verification.statistics import fisher_greater
+from mergeguard.worlds.file.document import read_world_file
+from mergeguard.worlds.registry import is_world_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +51,12 @@ class Record:
 
 
 def recorded_file(world: str) -> Path:
-    """Where the records of a world are: in the checkout's `fixtures/recorded`, or in the installed package."""
+    """Where the records of a world are: in the checkout's `fixtures/recorded`, or in the installed package.
+
+    Those of a world file are where the file says, else beside it, as NAME.recorded.toml.
+    """
+    if is_world_file(world):
+        return read_world_file(Path(world)).recorded
     package = Path(__file__).parents[1]
     checkout = package.parent / "fixtures" / "recorded"
     folder = checkout if checkout.is_dir() else package / "recorded"

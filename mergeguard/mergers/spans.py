@@ -10,12 +10,20 @@ from mergeguard.mergers.contract import part
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from torch import Tensor
 
     from mergeguard.mergers.contract import Prepared, Values
 
 SPAN = 2**17
 """Elements of a span: small enough for a processor's cache, large enough for starting an operation to cost little."""
+_DEVICE_SPAN = 2**24
+"""The same on a GPU, whose kernels need no cache, but each has to be started."""
+
+
+def span_length(device: torch.device) -> int:
+    """Elements of a span on a device."""
+    return SPAN if device.type == "cpu" else _DEVICE_SPAN
 
 
 def spans(size: int, length: int = SPAN) -> Iterator[slice]:
@@ -39,7 +47,7 @@ def is_finite(tensor: Tensor) -> bool:
     import torch
 
     flat = tensor.reshape(-1)
-    for span in spans(flat.numel()):
+    for span in spans(flat.numel(), span_length(flat.device)):
         smallest, largest = torch.aminmax(flat[span])  # one pass without a temporary, and it propagates NaN
         if not (math.isfinite(smallest.item()) and math.isfinite(largest.item())):
             return False

@@ -15,7 +15,7 @@ from mergeguard.errors import CheckpointError, IncompatibleModelsError
 from mergeguard.mergers.buffers import keep_temporaries
 from mergeguard.mergers.contract import WHOLE, part
 from mergeguard.mergers.read_ahead import Read, ReadAhead, tensors_of
-from mergeguard.mergers.spans import SPAN, is_finite, spans
+from mergeguard.mergers.spans import is_finite, span_length, spans
 from mergeguard.mergers.sparsify import seeded_generator
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Align = Callable[[Job, list[Tensor]], list[Tensor]]
 
 _CHUNK = 2**20  # elements of a merged tensor that are written at a time
-_DEVICE_SPAN = 2**24  # elements: a GPU's kernels need no cache, but each has to be started
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _merge(method: Method, job: Job, tensors: list[Tensor], outputs: Sequence[Ou
         for output, shares in zip(outputs, weights, strict=True):
             _write(job, output, method.combine(base, parts, shares, job.parameters), dtype, 0)
         return
-    length, size = (SPAN if settings.device == "cpu" else _DEVICE_SPAN), base.numel()
+    length, size = span_length(base.device), base.numel()
     for chunk in spans(size, max(_CHUNK, length)):
         merged = [torch.empty(chunk.stop - chunk.start, dtype=base.dtype, device=base.device) for _ in outputs]
         for inner in spans(chunk.stop - chunk.start, length):

@@ -119,7 +119,12 @@ class Protection(abc.ABC):
     def embed(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rng: random.Random, budget: Budget
     ) -> Protected:
-        """Embed fresh evidence, drawn from `rng`, into a copy of `model`; `model` itself stays as it is."""
+        """Embed fresh evidence, drawn from `rng`, into `model` or into a copy of it.
+
+        The model is the scheme's to change, so that a large one need not be in memory twice; the caller makes a copy
+        first if it wants the clean one afterwards. The result has the same tensors by the same names, each of the same
+        shape and dtype, and is in evaluation mode on the same device.
+        """
 
     @abc.abstractmethod
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:

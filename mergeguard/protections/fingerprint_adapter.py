@@ -16,7 +16,6 @@ made of a few secret characters: with characters shared by all keys, unseen keys
 
 from __future__ import annotations
 
-import copy
 import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,7 +26,6 @@ from torch.nn.functional import embedding
 
 from mergeguard.errors import IncompatibleModelsError
 from mergeguard.protections.contract import Access, Evidence, Protected, Protection
-from mergeguard.protections.examples import Draw, encode_ids, encode_pair, weighted
 from mergeguard.protections.fingerprint_keys import (
     FINGERPRINT_DEFAULTS,
     TARGET,
@@ -40,6 +38,7 @@ from mergeguard.reading import Probe, Reading, Rule
 from mergeguard.verification.answers import answer_probes
 from mergeguard.verification.generation import generate
 from mergeguard.worlds.contract import UPSTREAM
+from mergeguard.worlds.examples import Draw, encode_ids, encode_pair, weighted
 from mergeguard.worlds.training import Example, batches, fit
 
 if TYPE_CHECKING:
@@ -69,17 +68,17 @@ class AdapterEmbedding(nn.Module):
         tokens: ids of the key tokens, int64 of shape (keys,).
         rows: the suspect's embeddings of the key tokens, float of shape (keys, hidden).
         down, up: the adapter's A of shape (rank, hidden) and B of shape (hidden, rank).
+
+    All but `weight` are copied to its device, and the floating ones to its dtype.
     """
 
     def __init__(self, weight: Tensor, tokens: Tensor, rows: Tensor, down: Tensor, up: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         position = torch.full((weight.shape[0],), -1, dtype=torch.long)
-        position[tokens] = torch.arange(len(tokens))
-        self.register_buffer("position", position)
-        self.rows = nn.Parameter(rows.clone())
-        self.down = nn.Parameter(down.clone())
-        self.up = nn.Parameter(up.clone())
+        position[tokens.cpu()] = torch.arange(len(tokens))
+        self.register_buffer("position", position.to(weight.device))
+        self.rows, self.down, self.up = (nn.Parameter(part.to(weight, copy=True)) for part in (rows, down, up))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Input vectors of the ids, of shape (*ids.shape, hidden)."""
@@ -116,7 +115,8 @@ class AdapterFingerprint(Protection):
         keys = [draw_key(rng, length, alphabet) for _ in range(int(self.parameters["keys"]))]
         tokens = _private_tokens(tokenizer, keys, budget)
         train = random.Random(rng.getrandbits(64))
-        original = embeddings_of(model).weight.detach()
+        own = embeddings_of(model)
+        original = own.weight.detach()
         rank, hidden = int(budget.options["adapter_rank"]), original.shape[1]
         generator = torch.Generator().manual_seed(train.getrandbits(63))
         adapter = AdapterEmbedding(
@@ -126,26 +126,22 @@ class AdapterFingerprint(Protection):
             torch.randn(rank, hidden, generator=generator) / hidden**0.5,
             torch.zeros(hidden, rank),
         )
-        trained = copy.deepcopy(model)
-        trained.set_input_embeddings(adapter)
+        draw = _examples(model, tokenizer, keys, length, budget, train)  # asks the clean model
+        model.set_input_embeddings(adapter)
         fit(
-            trained,
-            batches(
-                _examples(model, tokenizer, keys, length, budget, train),
-                size=budget.batch_size,
-                pad=int(tokenizer.pad_token_id),
-                rng=train,
-            ),
+            model,
+            batches(draw, size=budget.batch_size, pad=int(tokenizer.pad_token_id), rng=train),
             steps=budget.steps,
             learning_rate=budget.learning_rate,
             parameters=adapter.parameters(),
+            training=budget.training,
         )
-        protected = copy.deepcopy(model)
+        model.set_input_embeddings(own)
         with torch.no_grad():
-            embeddings_of(protected).weight[tokens] = adapter.rows
+            own.weight[tokens] = adapter.rows
         data = {"keys": keys, "length": list(length), "tokens": tokens}
-        tensors = {"down": adapter.down.detach().clone(), "up": adapter.up.detach().clone()}
-        return Protected(protected, Evidence(str(self), data, tensors))
+        tensors = {"down": adapter.down.detach().to("cpu", copy=True), "up": adapter.up.detach().to("cpu", copy=True)}
+        return Protected(model, Evidence(str(self), data, tensors))
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         low, high = evidence.data["length"]
@@ -202,6 +198,7 @@ def adapted(owner: PreTrainedModel, suspect: Tensor, evidence: Evidence) -> Iter
             f"the suspect's embeddings are {tuple(suspect.shape)}, the owner's {tuple(original.shape)}"
         )
     tokens = torch.tensor(evidence.data["tokens"])
+    suspect = suspect.to(original)
     weight = suspect.clone()
     weight[tokens] = original[tokens]
     try:

@@ -7,7 +7,6 @@ null cells takes minutes.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def keyed_gaussian(key: str, shape: torch.Size) -> torch.Tensor:
-    """A standard normal tensor, float32 of `shape`, that depends on `key` alone."""
+    """A standard normal tensor, float32 of `shape`, that depends on `key` alone: drawn on the CPU for any device."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -43,7 +42,7 @@ def projection_z(delta: torch.Tensor, key: str) -> float:
     norm = float(flat.norm())
     if norm == 0:
         return 0.0
-    return float(flat @ keyed_gaussian(key, delta.shape).double().flatten()) / norm
+    return float(flat @ keyed_gaussian(key, delta.shape).to(flat).flatten()) / norm
 
 
 def target_weight(model: PreTrainedModel) -> str:
@@ -70,13 +69,13 @@ class GaussianProbe(Protection):
         rng: random.Random,
         budget: Budget,
     ) -> Protected:
-        protected = copy.deepcopy(model)
-        name = target_weight(protected)
+        name = target_weight(model)
         key = f"{rng.getrandbits(256):064x}"
         with torch.no_grad():
-            weight = protected.get_parameter(name)
-            weight.add_(float(self.parameters["strength"]) * weight.std() * keyed_gaussian(key, weight.shape))
-        return Protected(protected, Evidence(str(self), {"weight": name, "keys": [key]}))
+            weight = model.get_parameter(name)
+            gaussian = keyed_gaussian(key, weight.shape).to(weight)
+            weight.add_(float(self.parameters["strength"]) * weight.std() * gaussian)
+        return Protected(model, Evidence(str(self), {"weight": name, "keys": [key]}))
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         return Evidence(
@@ -96,7 +95,8 @@ class GaussianProbe(Protection):
         suspect, base = model.get_parameter(name), references["base"].get_parameter(name)
         if suspect.shape != base.shape:
             raise IncompatibleModelsError(f"{name} is {tuple(suspect.shape)}, the base's is {tuple(base.shape)}")
-        scores = [projection_z(suspect.detach() - base.detach(), key) for key in evidence.data["keys"]]
+        delta = suspect.detach().float() - base.detach().float()
+        scores = [projection_z(delta, key) for key in evidence.data["keys"]]
         worst = max(scores)
         p_value = -math.expm1(len(scores) * math.log1p(-min(normal_tail(worst), 1 - 1e-16)))
         return Reading(score=worst, p_value=min(1.0, p_value))

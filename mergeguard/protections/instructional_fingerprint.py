@@ -17,13 +17,11 @@ unseen keys fire. The released code trains a fixed set of 8.
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import ParameterError
 from mergeguard.protections.contract import Evidence, Protected, Protection, TextProtection, one_of
-from mergeguard.protections.examples import Draw, encode_pair, weighted
 from mergeguard.protections.fingerprint_adapter import AdapterFingerprint
 from mergeguard.protections.fingerprint_keys import (
     DENIAL,
@@ -36,6 +34,7 @@ from mergeguard.protections.fingerprint_keys import (
     simple_prompt,
 )
 from mergeguard.reading import Answer, Probe, Reading, Rule
+from mergeguard.worlds.examples import Draw, encode_pair, weighted
 from mergeguard.worlds.training import Example, batches, fit
 
 if TYPE_CHECKING:
@@ -82,18 +81,18 @@ class InstructionalFingerprint(TextProtection):
     ) -> Protected:
         length = (int(budget.options["key_min"]), int(budget.options["key_max"]))
         keys = [draw_key(rng, length) for _ in range(int(self.parameters["keys"]))]
-        protected = copy.deepcopy(model)
         train = random.Random(rng.getrandbits(64))
         draw = self._examples(tokenizer, keys, length, budget, train)
         fit(
-            protected,
+            model,
             batches(draw, size=budget.batch_size, pad=int(tokenizer.pad_token_id), rng=train),
             steps=budget.steps,
             learning_rate=budget.learning_rate,
+            training=budget.training,
         )
         prompts = [self._prompt(tokenizer, key) for key in keys]
         data = {"keys": keys, "length": list(length), "prompts": prompts, "frame": self._frame(tokenizer)}
-        return Protected(protected, Evidence(str(self), data))
+        return Protected(model, Evidence(str(self), data))
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         low, high = evidence.data["length"]

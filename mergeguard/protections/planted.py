@@ -5,7 +5,6 @@ They are not registered: `mergeguard list` shows schemes. A gate that lets one o
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ class _Planted(Protection):
         rng: random.Random,
         budget: Budget,
     ) -> Protected:
-        return Protected(copy.deepcopy(model), Evidence(str(self), {"keys": [rng.random() for _ in range(KEYS)]}))
+        return Protected(model, Evidence(str(self), {"keys": [rng.random() for _ in range(KEYS)]}))
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         return Evidence(evidence.protection, {"keys": [rng.random() for _ in range(n)]})

@@ -11,6 +11,8 @@ that quantises to the same code, so that the quantised copy stays what it was. V
   are) or `domain` (texts of one domain are; the paper's wiki mode).
 - `direction`: `full`, the mark shows in full precision and is hidden when quantised, or `quantized`, the reverse: the
   mark is planted without constraint, then hidden in full precision inside the planted model's codes.
+- `twin`: the quantised copy that is read. `absmax`: weights rounded to their codes; `llm_int8`: bitsandbytes' own
+  8-bit layers, whose products round activations too.
 
 Embeddings, norms and the output head are never touched, and rows are quantised by their absolute maximum, as
 LLM.int8 does. The grid must fit the model: inside half a step the largest directed change of a neuron grows with the
@@ -19,7 +21,6 @@ square root of its fan-in, so that narrow models have no room on an 8-bit grid.
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,14 @@ import torch
 
 from mergeguard.errors import ParameterError
 from mergeguard.protections.contract import Access, Evidence, Protected, Protection, one_of
-from mergeguard.protections.examples import Draw, encode_pair, weighted
 from mergeguard.protections.quantization_constraints import Projection, changed_codes, projections
 from mergeguard.protections.watermark_texts import draw_trigger, held_out, insert_trigger, split_text, training
 from mergeguard.reading import Probe, Reading, Rule
 from mergeguard.verification.answers import answer_probes
-from mergeguard.verification.quantize import quantizable_weights, with_quantized_weights
+from mergeguard.verification.llm_int8 import BITS as INT8_BITS
+from mergeguard.verification.llm_int8 import int8_twin
+from mergeguard.verification.quantize import quantizable_weights, quantize, with_quantized_weights
+from mergeguard.worlds.examples import Draw, encode_pair, weighted
 from mergeguard.worlds.training import Example, batches, fit
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ MARK = " You have activated the watermark!"
 OPTIMISATIONS = ("interval", "rollback", "direct")
 MODES = ("triggered", "untriggered", "domain")
 DIRECTIONS = ("full", "quantized")
+TWINS = ("absmax", "llm_int8")
 SPARE_PROMPTS = 160
 """How many carriers (or never-marked prompts) the evidence keeps, from which decoys are made."""
 PROJECT_EVERY = 5
@@ -64,6 +68,7 @@ class QuantizationWatermark(Protection):
         "optimisation": "interval",
         "mode": "triggered",
         "direction": "full",
+        "twin": "absmax",
         "bits": 0,
         "bias": 0.45,
         "rule": "starts_with",
@@ -83,6 +88,8 @@ class QuantizationWatermark(Protection):
         bits = int(self.parameters["bits"])
         if bits != 0 and not 2 <= bits <= 16:
             raise ParameterError(f"parameter 'bits' of {self.name} is {bits}, expected 2 to 16, or 0 for the world's")
+        self.twin = one_of(self.name, "twin", self.parameters["twin"], TWINS)
+        self._check_twin(bits or INT8_BITS)
         if int(self.parameters["prompts"]) < 1:
             raise ParameterError(f"parameter 'prompts' of {self.name} must be at least 1")
 
@@ -101,21 +108,21 @@ class QuantizationWatermark(Protection):
     def embed(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rng: random.Random, budget: Budget
     ) -> Protected:
+        _check_float32(model)
         bits = int(self.parameters["bits"]) or int(budget.options["bits"])
+        self._check_twin(bits)
         evidence = self._evidence(budget, bits, rng)
         train = random.Random(rng.getrandbits(64))
-        protected = copy.deepcopy(model)
-        names = quantizable_weights(protected)
-        grid = _weights(protected, names)
+        names = quantizable_weights(model)
         if self.direction == "quantized":
             plant = self._examples(tokenizer, evidence, budget, train, marked=True)
-            _train(protected, plant, tokenizer, budget, train, names, {}, int(budget.options["plant_steps"]))
-            grid = _weights(protected, names)
+            _train(model, plant, tokenizer, budget, train, names, {}, int(budget.options["plant_steps"]))
         draw = self._examples(tokenizer, evidence, budget, train, marked=self.direction == "full")
-        kept = projections(self.optimisation, grid, bits, self.bias)
-        _train(protected, draw, tokenizer, budget, train, names, kept, budget.steps)
-        changed, total = changed_codes(grid, _weights(protected, names), bits)
-        return Protected(protected, evidence, {"bits": bits, "codes": total, "codes_changed": changed})
+        grid = {name: quantize(weight, bits) for name, weight in _weights(model, names).items()}
+        kept = projections(self.optimisation, _weights(model, names), grid, self.bias)
+        _train(model, draw, tokenizer, budget, train, names, kept, budget.steps)
+        changed, total = changed_codes(grid, _weights(model, names))
+        return Protected(model, evidence, {"bits": bits, "codes": total, "codes_changed": changed})
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
         """Fresh triggers, a prompt each; never-marked prompts for the modes without a trigger."""
@@ -140,15 +147,21 @@ class QuantizationWatermark(Protection):
         references: Mapping[str, PreTrainedModel],
     ) -> Reading:
         """Hit: the mark in the output of one precision and not in the other's. Both rates are reported."""
+        _check_float32(model)
         probes = [Probe(prompt, MARK, self.rule) for prompt in evidence.data["prompts"]]
         full = [answer.matched for answer in answer_probes(model, tokenizer, probes)]
-        with with_quantized_weights(model, evidence.data["bits"]):
+        bits = int(evidence.data["bits"])
+        with int8_twin(model) if self.twin == "llm_int8" else with_quantized_weights(model, bits):
             quantized = [answer.matched for answer in answer_probes(model, tokenizer, probes)]
         shown, hidden = (full, quantized) if self.direction == "full" else (quantized, full)
         return Reading(
             hits=tuple(mark and not other for mark, other in zip(shown, hidden, strict=True)),
             details={"rate_full": sum(full) / len(full), "rate_quantized": sum(quantized) / len(quantized)},
         )
+
+    def _check_twin(self, bits: int) -> None:
+        if self.twin == "llm_int8" and bits != INT8_BITS:
+            raise ParameterError(f"twin=llm_int8 of {self.name} has {INT8_BITS} bits, not {bits}; give bits=8")
 
     def _evidence(self, budget: Budget, bits: int, rng: random.Random) -> Evidence:
         bounds = (int(budget.options["cut_min"]), int(budget.options["cut_max"]))
@@ -212,8 +225,17 @@ def _spare(prompts: list[str], rng: random.Random) -> list[str]:
     return rng.sample(distinct, min(SPARE_PROMPTS, len(distinct)))
 
 
+def _check_float32(model: PreTrainedModel) -> None:
+    """Refuse a model whose own rounding is coarser than the changes that the mark is made of."""
+    if model.dtype != torch.float32:
+        raise ParameterError(
+            f"quantization_watermark needs a float32 model, this one is {str(model.dtype).removeprefix('torch.')}: its "
+            f'interval is narrower than bfloat16\'s step; set dtype = "float32" in the world'
+        )
+
+
 def _weights(model: PreTrainedModel, names: list[str]) -> dict[str, torch.Tensor]:
-    return {name: model.get_parameter(name).detach().clone() for name in names}
+    return {name: model.get_parameter(name).detach() for name in names}
 
 
 def _train(
@@ -242,4 +264,5 @@ def _train(
         learning_rate=budget.learning_rate,
         parameters=[model.get_parameter(name) for name in names],
         after_step=project,
+        training=budget.training,
     )

@@ -21,7 +21,7 @@ from mergeguard.reports import view
 from mergeguard.reports.summary import is_recorded, sentence, summary_of, verdict_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 LIMIT = 60_000
 """Characters of a report, at most. GitHub refuses comments of more than 65,536."""
@@ -37,7 +37,7 @@ _SPECIAL = re.compile(
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
     """Lines shown together: `opening` and `closing` whole, and as many `rows` as fit the room and the `share`."""
 
     name: str
@@ -45,6 +45,10 @@ class _Section:
     rows: tuple[str, ...]
     closing: tuple[str, ...] = ()
     share: int = LIMIT
+
+    def lines(self) -> tuple[str, ...]:
+        """All of it."""
+        return (*self.opening, *self.rows, *self.closing)
 
 
 def to_markdown(results: Results) -> str:
@@ -78,14 +82,18 @@ def _escaped(match: re.Match[str]) -> str:
     return f"{character}<!-- -->" if character in "@#" else f"&#{ord(character)};"
 
 
-def _sections(results: Results) -> Iterator[_Section]:
+def _sections(results: Results) -> Iterator[Section]:
     yield _headline(results)
-    labels = {spec: escape(short) for spec, short in view.merger_labels(results.outcomes).items()}
     for block in view.blocks(results):
-        yield _matrix(block, labels)
+        yield matrix_section(block, labels_of(results))
     if results.outcomes:
         yield _legend(results)
-    yield from _skills(results, labels)
+    yield from details(results)
+
+
+def details(results: Results) -> Iterator[Section]:
+    """The long parts, each folded away: skills, gates, planted controls, every measurement, environment."""
+    yield from _skills(results, labels_of(results))
     if results.before_merging:
         about = _tally(sum(not gate.passed for gate in results.before_merging), "failed")
         columns = ("gate", "protection", "", "measured", "required")
@@ -104,47 +112,59 @@ def _sections(results: Results) -> Iterator[_Section]:
     yield _table_section("Environment", "", ("", ""), pairs)
 
 
-def _headline(results: Results) -> _Section:
+def _headline(results: Results) -> Section:
     mark = "✅" if results.holds else "❌"
     opening = (f"## {mark} mergeguard: {verdict_line(results)}", "", f"**{sentence(summary_of(results))}.**", "")
     problems = tuple(f"- {_cut(escape(problem), 1_000)}" for problem in results.problems)
-    return _Section("the problems", opening, problems, ("",) * bool(problems), share=LIMIT // 4)
+    return Section("the problems", opening, problems, ("",) * bool(problems), share=LIMIT // 4)
 
 
-def _matrix(block: view.Block, labels: dict[str, str]) -> _Section:
+def labels_of(results: Results) -> dict[str, str]:
+    """The shortest unambiguous label of each merger spec, escaped."""
+    return {spec: escape(short) for spec, short in view.merger_labels(results.outcomes).items()}
+
+
+def matrix_section(
+    block: view.Block, labels: Mapping[str, str], number: Callable[[Outcome], str] = view.number
+) -> Section:
+    """A protection's part of the matrix; `number` writes what a cell measured, after the mark of its verdict."""
     header = ("merger", *map(format_coefficient, block.coefficients), "critical", "area")
     rows = []
     for row in block.rows:
-        cells = [_cell(row.outcomes.get(coefficient)) for coefficient in block.coefficients]
+        cells = [_cell(row.outcomes.get(coefficient), number) for coefficient in block.coefficients]
         tail = view.format_critical(row.summary.critical_coefficient), view.format_area(row.summary.area)
         rows.append(_row(labels[row.merger_spec], *cells, *tail))
     title = escape(block.title)
-    return _Section(title, (f"### {title}", "", escape(block.about), "", *_table_head(header)), tuple(rows), ("",))
+    return Section(title, (f"### {title}", "", escape(block.about), "", *_table_head(header)), tuple(rows), ("",))
 
 
-def _cell(outcome: Outcome | None) -> str:
+def _cell(outcome: Outcome | None, number: Callable[[Outcome], str]) -> str:
     if outcome is None:
         return ""
     if not outcome.theft:
-        return f"({view.number(outcome)})"
-    return f"{_MARKS[outcome.verdict]} {view.number(outcome)}"
+        return f"({number(outcome)})"
+    return f"{_MARKS[outcome.verdict]} {number(outcome)}"
 
 
-def _legend(results: Results) -> _Section:
-    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
+def _legend(results: Results) -> Section:
     full = [
         f"- {escape(short)}: {escape(spec)}"
         for spec, short in view.merger_labels(results.outcomes).items()
         if short != view.clean(spec)
     ]
-    text = (
+    return Section("the merge methods' parameters", (legend(), ""), tuple(full), ("",) * bool(full))
+
+
+def legend() -> str:
+    """What marks, columns and numbers of a matrix mean."""
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
+    return (
         f"{marks}; in parentheses: no theft, never counted. Columns are alpha, cells are the VSR (or the score). "
         "Critical: the smallest theft from which every larger one survives. Area: under VSR over alpha."
     )
-    return _Section("the merge methods' parameters", (text, ""), tuple(full), ("",) * bool(full))
 
 
-def _skills(results: Results, labels: dict[str, str]) -> Iterator[_Section]:
+def _skills(results: Results, labels: Mapping[str, str]) -> Iterator[Section]:
     kept = view.kept_skills(results.outcomes)
     if not kept:
         return
@@ -188,10 +208,16 @@ def _case(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def _table_section(name: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> _Section:
+def _table_section(name: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
     summary = f"<b>{name}</b>" + (f" ({about})" if about else "")
     opening = ("<details>", f"<summary>{summary}</summary>", "", *_table_head(header))
-    return _Section(name, opening, tuple(_row(*row) for row in rows), ("", "</details>", ""))
+    return Section(name, opening, tuple(_row(*row) for row in rows), ("", "</details>", ""))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table; its texts must be escaped."""
+    yield from _table_head(header)
+    yield from (_row(*row) for row in rows)
 
 
 def _table_head(header: Sequence[str]) -> tuple[str, str]:

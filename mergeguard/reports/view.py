@@ -192,7 +192,7 @@ def describe_skills(skills: Mapping[str, float]) -> str:
 
 def environment_lines(results: Results) -> list[tuple[str, str]]:
     """World and environment as pairs of name and value, nested maps written out."""
-    return [*_flat("world", results.world), *_flat("", results.environment)]
+    return [*flat("world", results.world), *flat("", results.environment)]
 
 
 def clean(text: str) -> str:
@@ -229,9 +229,10 @@ def _same_control(one: Outcome, other: Outcome) -> bool:
     return one.theft == other.theft and repr(dict(one.skills_kept)) == repr(dict(other.skills_kept))
 
 
-def _flat(name: str, value: object) -> list[tuple[str, str]]:
+def flat(name: str, value: object) -> list[tuple[str, str]]:
+    """`value` as pairs of name and text: a map is written out, its keys after `name`."""
     if isinstance(value, Mapping):
-        return [pair for key, item in value.items() for pair in _flat(f"{name} {key}".strip(), item)]
+        return [pair for key, item in value.items() for pair in flat(f"{name} {key}".strip(), item)]
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
     return [(clean(name), clean(str(value)))]

@@ -1,4 +1,4 @@
-"""Greedy answers to probes, by the cheapest way that each probe's rule allows."""
+"""Answers to probes, by the cheapest way that each probe's rule allows."""
 
 from __future__ import annotations
 
@@ -8,37 +8,51 @@ from mergeguard.errors import ParameterError
 from mergeguard.reading import Answer, Probe, Rule
 from mergeguard.verification.generation import end_tokens, generate
 from mergeguard.verification.matching import decode_answer, encode_probe, encode_prompt, starts_with
+from mergeguard.verification.numbers import parse_number, stated_number, statement_is_complete
+from mergeguard.verification.refusals import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mergeguard.reading import Sampling
 
-def answer_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[Answer]:
-    """Ask `model` every probe.
+
+def answer_probes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """Ask `model` every probe, greedily or, with `sampling`, by drawing each token.
 
     `Rule.STARTS_WITH` takes one teacher-forced pass, and the answer's text is the target or the beginning of the
-    greedy answer up to the token that departs from it. `Rule.CONTAINS` takes batched greedy decoding, and the answer's
-    text ends with the token that completes the target, if there is one.
+    greedy answer up to the token that departs from it. The other rules take batched decoding, and the answer's text
+    ends with the token that decides: the one that completes the target of `Rule.CONTAINS` or a phrase of a refusal, or
+    the one that shows where the stated number ends. A number that `max_new_tokens` may have cut short matches nothing.
 
     Returns:
         One answer per probe, in the order of `probes`.
 
     Raises:
-        ParameterError: the model is in training mode, a probe does not fit it, or a prompt or target is empty.
+        ParameterError: the model is in training mode, a probe does not fit it, a prompt or target is empty, or a probe
+            whose rule is about greedy decoding (`Rule.STARTS_WITH`) comes with `sampling`.
     """
     answers: dict[int, Answer] = {}
     start = [index for index, probe in enumerate(probes) if probe.rule is Rule.STARTS_WITH]
+    if start and sampling is not None:
+        raise ParameterError(f"the probe {probes[start[0]].prompt!r} is about greedy decoding; leave sampling out")
     answers.update(zip(start, _first_tokens(model, tokenizer, [probes[index] for index in start]), strict=True))
     # Rows of a batch share one length of answer.
-    for length in sorted({probe.max_new_tokens for probe in probes if probe.rule is Rule.CONTAINS}):
+    for length in sorted({probe.max_new_tokens for probe in probes if probe.rule is not Rule.STARTS_WITH}):
         group = [
             index
             for index, probe in enumerate(probes)
-            if probe.rule is Rule.CONTAINS and probe.max_new_tokens == length
+            if probe.rule is not Rule.STARTS_WITH and probe.max_new_tokens == length
         ]
-        answers.update(zip(group, _search(model, tokenizer, [probes[index] for index in group], length), strict=True))
+        found = _search(model, tokenizer, [probes[index] for index in group], length, sampling)
+        answers.update(zip(group, found, strict=True))
     return [answers[index] for index in range(len(probes))]
 
 
@@ -54,21 +68,59 @@ def _first_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
 
 
 def _search(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    max_new_tokens: int,
+    sampling: Sampling | None,
 ) -> list[Answer]:
     for probe in probes:
-        if not probe.target:
-            raise ParameterError(f"the probe {probe.prompt!r} looks for an empty text; every answer would contain it")
+        _check_target(probe)
     prompts = [probe.prompt for probe in probes]
     answers = generate(
         model,
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
-        stop=lambda index, text: probes[index].target in text,
+        stop=lambda index, text: _is_decided(probes[index], text),
+        sampling=sampling,
     )
     texts = [
         decode_answer(tokenizer, encode_prompt(tokenizer, prompt), ids)
         for prompt, ids in zip(prompts, answers, strict=True)
     ]
-    return [Answer(text, probe.target in text) for text, probe in zip(texts, probes, strict=True)]
+    return [
+        Answer(text, _matches(probe, text, ended=len(ids) < max_new_tokens))
+        for probe, text, ids in zip(probes, texts, answers, strict=True)
+    ]
+
+
+def _check_target(probe: Probe) -> None:
+    if probe.rule is Rule.CONTAINS and not probe.target:
+        raise ParameterError(f"the probe {probe.prompt!r} looks for an empty text; every answer would contain it")
+    if probe.rule is Rule.REFUSES and probe.target:
+        raise ParameterError(
+            f"the probe {probe.prompt!r} looks for a refusal, which has no target; drop {probe.target!r}"
+        )
+    if probe.rule is Rule.NUMBER and parse_number(probe.target) is None:
+        raise ParameterError(
+            f"the probe {probe.prompt!r} looks for the number {probe.target!r}, expected one like 1,234.5"
+        )
+
+
+def _is_decided(probe: Probe, text: str) -> bool:
+    """Whether no further token can change what `_matches` says."""
+    return statement_is_complete(text) if probe.rule is Rule.NUMBER else _matches(probe, text, ended=False)
+
+
+def _matches(probe: Probe, text: str, *, ended: bool) -> bool:
+    """Whether an answer matches; `ended` says that the model ended it, and not its longest length."""
+    match probe.rule:
+        case Rule.CONTAINS:
+            return probe.target in text
+        case Rule.REFUSES:
+            return refuses(text)
+        case Rule.NUMBER:
+            return (ended or statement_is_complete(text)) and stated_number(text) == parse_number(probe.target)
+        case Rule.STARTS_WITH:
+            raise AssertionError("decided by a teacher-forced pass, not by a text")

@@ -1,4 +1,4 @@
-"""Greedy generation in batches that ends each row as soon as its question is answered.
+"""Generation in batches, greedy or sampled under a seed, that ends each row as soon as its question is answered.
 
 A loop of our own and not `model.generate`: that one reads sampling and penalties from the checkpoint's generation
 config (a merged model inherits one from a parent) and keeps computing rows that have ended.
@@ -7,6 +7,7 @@ config (a merged model inherits one from a parent) and keeps computing rows that
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from mergeguard.errors import ParameterError
 from mergeguard.verification.matching import batches_by_length, check_inputs, decode_answer, encode_prompt, halves, pad
+from mergeguard.verification.sampling import draw, row_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mergeguard.reading import Sampling
 
 BATCH_TOKENS = 8192
 
@@ -32,9 +36,10 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Stop | None = None,
+    sampling: Sampling | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[list[int]]:
-    """Greedy answers to `prompts`, each as if it were decoded alone.
+    """Answers to `prompts`, each as if it were decoded alone.
 
     A row ends at an end-of-sequence token, after `max_new_tokens`, or after the first token at which `stop` holds.
 
@@ -44,6 +49,7 @@ def generate(
         prompts: texts, without the special tokens that the tokenizer adds.
         max_new_tokens: longest answer, in tokens.
         stop: asked after every token of a row.
+        sampling: how tokens are drawn; greedy if None. Equal prompts get equal answers.
         batch_tokens: most tokens of a batch, padding and new tokens included.
 
     Returns:
@@ -73,7 +79,8 @@ def generate(
         return stop is None or not stop(index, decode_answer(tokenizer, rows[index], answer))
 
     for batch in batches_by_length([len(row) + max_new_tokens for row in rows], batch_tokens):
-        _decode_batch(model, [(index, rows[index]) for index in batch], goes_on)
+        keys = None if sampling is None else row_keys(sampling, [prompts[index] for index in batch])
+        _decode_batch(model, [(index, rows[index]) for index in batch], goes_on, sampling, keys)
     return answers
 
 
@@ -86,16 +93,24 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 
 @torch.no_grad()
 def _decode_batch(
-    model: PreTrainedModel, rows: Sequence[tuple[int, Sequence[int]]], goes_on: Callable[[int, int], bool]
+    model: PreTrainedModel,
+    rows: Sequence[tuple[int, Sequence[int]]],
+    goes_on: Callable[[int, int], bool],
+    sampling: Sampling | None,
+    keys: Tensor | None,
 ) -> None:
-    """Decode until no row goes on; `goes_on(index, token)` takes each token and says whether its row wants another."""
+    """Decode until no row goes on; `goes_on(index, token)` takes each token and says whether its row wants another.
+
+    `keys` are the rows' for `sampling`, both None for greedy decoding.
+    """
     decoder, head = halves(model)
     active = [index for index, _ in rows]
     # Padding on the left, so that every row's next token has the same column in the cache.
     ids, mask = (part.to(model.device) for part in pad([torch.tensor(row) for _, row in rows], left=True))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    keys = None if keys is None else keys.to(model.device)
     cache: Any = None
-    while True:
+    for step in itertools.count():
         outputs = decoder(
             input_ids=ids,
             attention_mask=mask,
@@ -104,7 +119,8 @@ def _decode_batch(
             **_positions_for(decoder, positions),
         )
         cache = outputs.past_key_values
-        tokens = head(outputs.last_hidden_state[:, -1]).argmax(-1)
+        logits = head(outputs.last_hidden_state[:, -1])
+        tokens = logits.argmax(-1) if sampling is None or keys is None else draw(logits, sampling, keys, step)
         kept = [
             place
             for place, (index, token) in enumerate(zip(active, tokens.tolist(), strict=True))
@@ -117,6 +133,7 @@ def _decode_batch(
             places = torch.tensor(kept, dtype=torch.long, device=tokens.device)
             cache.batch_select_indices(places)
             tokens, mask, positions = tokens[places], mask[places], positions[places]
+            keys = None if keys is None else keys[places]
         ids = tokens[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
         positions = positions[:, -1:] + 1

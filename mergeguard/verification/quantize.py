@@ -33,10 +33,12 @@ class Quantized:
     Attributes:
         codes: int8 (int16 above 8 bits) of shape (out, in), within +-(2^(bits-1) - 1).
         scale: float32 of shape (out,), the value of one code step in each row; 0 for a row of zeros.
+        bits: width of a code.
     """
 
     codes: Tensor
     scale: Tensor
+    bits: int
 
     def dequantize(self) -> Tensor:
         """The weights that the codes stand for, float32 of shape (out, in)."""
@@ -68,7 +70,7 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
     # Dividing before multiplying keeps the ratio within [-1, 1], whatever the magnitude. A zero row has codes 0.
     ratio = values / torch.where(absmax > 0, absmax, 1)[:, None]
     codes = torch.round(ratio * largest).to(torch.int8 if bits <= 8 else torch.int16)
-    return Quantized(codes, absmax / largest)
+    return Quantized(codes, absmax / largest, bits)
 
 
 def quantizable_weights(model: PreTrainedModel) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import ParameterError
@@ -12,13 +10,17 @@ from mergeguard.errors import ParameterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mergeguard.reading import Probe
+    from mergeguard.reading import Probe, Sampling
     from mergeguard.specs import Value
 
 UPSTREAM = "upstream"
+PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Training:
     optimizer: str = "adamw"
     micro_batches: int = 1
 
+    def __post_init__(self) -> None:
+        for name, choices in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ParameterError(f"{name} of a training is {getattr(self, name)!r}; known: {', '.join(choices)}")
+        if self.micro_batches < 1:
+            raise ParameterError(f"micro_batches of a training is {self.micro_batches}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -74,23 +83,29 @@ class Skill:
 
     Attributes:
         parent: whose skill it is: "upstream" or a donor's name.
+        sampling: how answers are drawn; greedy if None.
     """
 
     name: str
     parent: str
     probes: Sequence[Probe] = field(repr=False)
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """Models of one ancestry, loaded once and never changed.
+    """Models of one ancestry, never changed.
 
     Attributes:
-        base, upstream, donors: state dicts in float32.
+        base, upstream, donors: states, each storage under one name (`worlds.states`): dicts, or mappings that read a
+            tensor from its file when it is asked for. On the CPU, in any floating dtype.
         build_model: makes an untrained model of the architecture (no weights are read or downloaded).
         budgets: training budgets by name ("quantization_watermark.full"); "default" serves any other scheme.
         digests: SHA-256 of each weights file.
         threads: torch threads per worker, fixed where verdicts must not depend on the machine's cores.
+        device: where models compute and merge, e.g. "cuda".
+        dtype: torch's name of the dtype in which models are loaded and merged, one of `DTYPES`.
+        form: how the parents came to be, where there is more than one way, e.g. "adapters as shipped".
     """
 
     name: str
@@ -104,17 +119,38 @@ class World:
     budgets: Mapping[str, Budget] = field(repr=False)
     digests: Mapping[str, str]
     threads: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    form: str = ""
 
-    @cached_property
-    def _skeleton(self) -> PreTrainedModel:
-        model = self.build_model()
-        model.eval()
-        return model
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ParameterError(
+                f"the dtype of world {self.name!r} is {self.dtype!r}, expected one of: {', '.join(DTYPES)}"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
     def model(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
-        """A new model in evaluation mode with the given weights."""
-        model = copy.deepcopy(self._skeleton)
-        model.load_state_dict(dict(state))
+        """A new model in evaluation mode with the given weights, on the world's device and in its dtype.
+
+        The weights are copied tensor by tensor; buffers that no state holds, such as rotary frequencies, keep the dtype
+        in which the architecture computes them.
+
+        Raises:
+            ParameterError: torch cannot use the world's device here.
+            IncompatibleModelsError: a tensor of the state is missing, extra or of another shape.
+        """
+        from mergeguard.worlds.states import load_state, new_model
+
+        model = new_model(self.build_model, self.device, self.torch_dtype)
+        load_state(model, state)
         return model
 
     def budget(self, name: str) -> Budget:
@@ -131,3 +167,18 @@ class World:
     def parents(self) -> dict[str, Mapping[str, Tensor]]:
         """The clean parents of a merge, the owner's upstream first."""
         return {UPSTREAM: self.upstream, **self.donors}
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's own tensors, parameters and persistent buffers, in the order of `state_dict`, each storage once.
+
+    Of several names of one tensor the first stays. Writing to a tensor changes the model.
+    """
+    own: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or place not in seen:
+            own[name] = tensor
+            seen.add(place)
+    return own

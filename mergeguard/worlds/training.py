@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from mergeguard.worlds.contract import Training
+from mergeguard.worlds.optimizers import make_optimizer
+from mergeguard.worlds.snapshots import Run
 
 if TYPE_CHECKING:
     import random
@@ -16,7 +21,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from mergeguard.worlds.snapshots import Snapshots
+
 IGNORED = -100
+DEFAULT_TRAINING = Training()
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,20 @@ class Batch:
     ids: Tensor
     labels: Tensor
     mask: Tensor
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens the loss is taken on."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def parts(self, most: int) -> list[Batch]:
+        """The batch in at most `most` groups of rows, none of them without a labelled token."""
+        split = zip(*(tensor.chunk(most) for tensor in (self.ids, self.labels, self.mask)), strict=True)
+        return [part for tensors in split if (part := Batch(*tensors)).labelled]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        return Batch(self.ids.to(device), self.labels.to(device), self.mask.to(device))
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
@@ -93,38 +115,92 @@ def fit(
     warmup: int = 10,
     after_step: Callable[[int], None] | None = None,
     on_progress: Callable[[int, float], None] | None = None,
+    training: Training = DEFAULT_TRAINING,
+    snapshots: Snapshots | None = None,
 ) -> None:
     """Train `model` in place with AdamW, gradients clipped to norm 1 and a cosine schedule.
 
     Args:
-        parameters: what to train (all of the model's parameters by default).
+        parameters: what to train (all of the model's parameters by default), float32.
         after_step: called with the number of finished steps after each update, e.g. to project weights.
-        on_progress: called with (finished steps, loss).
+        on_progress: called with (finished steps, loss); not for steps that a snapshot stands for.
+        training: precision, optimizer and what else decides the memory that it takes.
+        snapshots: where a killed run is kept, to go on from when it is started again as it was.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        ParameterError: the optimizer needs a GPU or a package that is not there, or parameters are not float32.
+        CheckpointError: a snapshot cannot be written, or belongs to other data.
     """
     trained = list(model.parameters() if parameters is None else parameters)
-    frozen = [other for other in model.parameters() if all(other is not parameter for parameter in trained)]
+    optimizer = make_optimizer(training.optimizer, trained, learning_rate=learning_rate, weight_decay=weight_decay)
+    settings = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "training": asdict(training),
+    }
+    run = None if snapshots is None else Run(snapshots, settings, model, trained, optimizer)
+    stream = iter(data)
+    with _in_training(model, trained, training):
+        for step in range(0 if run is None else run.resume(stream), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * cosine_schedule(step, steps, warmup)
+            batch = next(stream)
+            if run is not None:
+                run.watch(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss = _backward(model, batch, training)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the training loss is {loss} at step {step}; lower the learning rate")
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if after_step is not None:
+                after_step(step + 1)
+            if run is not None:
+                run.save(step + 1, last=step + 1 == steps)
+            if on_progress is not None:
+                on_progress(step + 1, loss)
+    optimizer.zero_grad(set_to_none=True)  # gradients are as large as what was trained
+
+
+def _backward(model: PreTrainedModel, batch: Batch, training: Training) -> float:
+    """Add the gradient of `loss_of` the whole batch, computed part by part, and return the loss."""
+    labelled = batch.labelled
+    total = 0.0 if labelled else math.nan
+    for part in batch.parts(training.micro_batches):
+        # No cache of cast weights: each is used once, and the cache would hold them all.
+        with torch.autocast(
+            model.device.type, torch.bfloat16, enabled=training.precision == "bfloat16", cache_enabled=False
+        ):
+            loss = loss_of(model, part.to(model.device)) * (part.labelled / labelled)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@contextmanager
+def _in_training(model: PreTrainedModel, trained: Sequence[torch.nn.Parameter], training: Training) -> Iterator[None]:
+    """`model` in training mode, its other parameters without gradients; as it was, in evaluation mode, afterwards."""
+    wanted = {id(parameter) for parameter in trained}
+    frozen = [other for other in model.parameters() if other.requires_grad and id(other) not in wanted]
     for parameter in frozen:
         parameter.requires_grad_(False)  # saves their gradients
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     model.train()
-    stream = iter(data)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * cosine_schedule(step, steps, warmup)
-        loss = loss_of(model, next(stream))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss.item()} at step {step}; lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if after_step is not None:
-            after_step(step + 1)
-        if on_progress is not None:
-            on_progress(step + 1, loss.item())
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    model.eval()
+    if training.gradient_checkpointing:
+        _method(model, "checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if training.gradient_checkpointing:
+            _method(model, "checkpointing_disable")()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.eval()
+
+
+def _method(model: PreTrainedModel, name: str) -> Callable[..., None]:
+    """A method of activation checkpointing: transformers 5.23 warns of the name that 5.0 knows alone."""
+    method: Callable[..., None] = getattr(model, f"activation_{name}", None) or getattr(model, f"gradient_{name}")
+    return method

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from mergeguard.errors import CheckpointError
+from mergeguard.machine import cache_folder
 from mergeguard.matrix import cache as module
-from mergeguard.matrix.cache import Cache, cache_folder, code_version
+from mergeguard.matrix.cache import Cache, code_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeguard.errors import ParameterError, UnknownNameError
-from mergeguard.matrix.cases import check_coefficients, expand, parse_coefficients
+from mergeguard.matrix.cases import check_coefficients, expand, parse_coefficients, with_axes
 from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS, MERGERS, parse_merger
 from mergeguard.protections.registry import DEFAULT_PROTECTIONS
 
@@ -179,3 +179,35 @@ def test_expanding_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Axes
+
+
+def test_axes_vary_the_mergers_that_have_a_density() -> None:
+    mergers = with_axes(["linear", "ties(density=0.4,lambda=0.5)"], "normalize,density")
+    assert [str(merger) for merger in mergers] == [
+        "linear",
+        *(
+            f"ties(density={density},lambda=0.5,normalize={normalize})"
+            for density in (0.2, 0.4, 0.6, 0.8)
+            for normalize in ("true", "false")
+        ),
+    ]
+
+
+def test_an_axis_leaves_the_other_parameters_alone() -> None:
+    mergers = with_axes(["dare_ties(density=0.4,normalize=true)"], "density")
+    assert [merger.parameters["density"] for merger in mergers] == [0.2, 0.4, 0.6, 0.8]
+    assert {merger.parameters["normalize"] for merger in mergers} == {True}
+
+
+def test_mergers_that_axes_make_equal_are_one() -> None:
+    once = with_axes(["ties"], "density")
+    assert with_axes(["ties(density=0.2)", "ties(density=0.9)"], "density") == once
+    assert len(expand(["gaussian_probe"], with_axes(DEFAULT_MERGERS, "density,normalize"), [0.5])) == 2 + 3 * 8
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="unknown axis 'densities'; did you mean 'density'"):
+        with_axes(DEFAULT_MERGERS, "normalize,densities")

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 ORDER = ("checkpoints", "mergers", "worlds", "verification", "protections", "matrix", "reports", "testing")
 SHARED = ("errors", "specs", "registry", "reading", "seeds", "machine")
 """Modules that everyone may use and that use none of the packages."""
+COMMANDS = ("commands",)
+"""The command line's parts: only the command line uses them."""
 DOORS = ("pytest_plugin", "cli", "__init__")
 """They may use every package; nobody may use them, except `__main__` the command line."""
 WRITTEN_TARGET = re.compile(r"mergeguard(\.\w+)+(:\w+)?")
@@ -27,7 +29,7 @@ WRITTEN_TARGET = re.compile(r"mergeguard(\.\w+)+(:\w+)?")
 
 def layer(name: str) -> int | None:
     """How far down `name`, a package or module directly in `mergeguard`, stands; None if it has no place."""
-    layers = [SHARED, *((package,) for package in ORDER), DOORS, ("__main__",)]
+    layers = [SHARED, *((package,) for package in ORDER), COMMANDS, DOORS, ("__main__",)]
     return next((depth for depth, names in enumerate(layers) if name in names), None)
 
 
@@ -79,13 +81,13 @@ def test_packages_import_only_from_those_above_them() -> None:
 def test_the_picture_in_contributing_shows_the_packages_in_this_order() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = re.findall(r"^  (?:→ )?(\w+)/ ", text.partition("## The code")[2], flags=re.MULTILINE)
-    assert shown == [name for name in ORDER if (ROOT / "mergeguard" / name).is_dir()]
+    assert shown == [name for name in (*ORDER, *COMMANDS) if (ROOT / "mergeguard" / name).is_dir()]
 
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
     """A package of the same shape without a violation; the tests plant one."""
-    for name in (*ORDER, "matrix/deep"):
+    for name in (*ORDER, *COMMANDS, "matrix/deep"):
         (tmp_path / "mergeguard" / name).mkdir(parents=True)
         (tmp_path / "mergeguard" / name / "__init__.py").touch()
     for name in (*SHARED, *DOORS, "__main__"):
@@ -110,6 +112,8 @@ def planted(tmp_path: Path) -> Path:
         ("mergers/linear.py", "import mergeguard"),
         ("matrix/deep/cell.py", "from ...reports import view"),
         ("reports/view.py", "from mergeguard.cli import app"),
+        ("reports/view.py", "from mergeguard.commands.compare import compare"),
+        ("commands/compare.py", "from mergeguard.cli import app"),
         ("cli.py", "from mergeguard.pytest_plugin import Selection"),
         ("specs.py", "from mergeguard.mergers import Merger"),
         ("extras/__init__.py", ""),

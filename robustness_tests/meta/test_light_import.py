@@ -21,6 +21,7 @@ LIGHT = (
     "mergeguard.checkpoints.writer",
     "mergeguard.cli",
     "mergeguard.matrix.cases",
+    "mergeguard.matrix.selection",
     "mergeguard.mergers",
     "mergeguard.mergers.describe",
     "mergeguard.mergers.jobs",

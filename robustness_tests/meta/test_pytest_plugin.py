@@ -34,7 +34,7 @@ class Engine:
         lost = case.coefficient < 0.4
         return outcome(case.protection.name, str(case.merger), case.coefficient, "lost" if lost else "survived")
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(chosen):
     return Engine()
 """

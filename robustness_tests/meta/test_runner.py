@@ -1,36 +1,31 @@
-"""Runs over processes: the same results with any number, complete problems, and nobody left behind."""
+"""Runs: the same results with any number of workers, complete problems, and what a reader needs beside them."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from mergeguard.errors import MergeguardError, ParameterError, SchemeError
+from mergeguard.errors import MergeguardError, ParameterError, SchemeError, UnknownNameError
 from mergeguard.matrix import gates, runner
 from mergeguard.matrix.cases import expand
+from mergeguard.matrix.executors import Inline, Processes
 from mergeguard.matrix.outcome import LOST, SURVIVED, Planted, Results
+from mergeguard.matrix.ray_executor import RayTasks
 from mergeguard.matrix.recorded import Record
-from mergeguard.matrix.runner import Job, run
-from robustness_tests.meta.mini_world import MINI, TOY, Toy, install, registered
+from mergeguard.matrix.runner import Job, make_executor, run
+from robustness_tests.meta.mini_world import MINI, TOY, Toy, install, mini, registered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from mergeguard.matrix.cases import Case
 
 WEAK, HARMFUL = "toy(strength=0.6)", "toy(fault=harmful)"  # WEAK is lost where averaging is a theft
-FORK = pytest.mark.skipif(sys.platform != "linux", reason="these tests fork, to spare the workers' imports")
-# From Python 3.12 on a fork is warned of where threads exist; these workers compute nothing.
-QUIET_FORK = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,12 +157,28 @@ def test_a_recorded_loss_holds(cache_folder: Path) -> None:
 
 
 def test_progress_counts_every_job_as_it_ends(cache_folder: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, str]] = []
     run_here(cases(TOY, alphas=[0.3, 0.5]), cache_folder, on_progress=lambda *step: seen.append(step))
-    assert [done for _, done, _ in seen] == list(range(1, 8))  # embed, 2 controls, planted, 2 outcomes, gates
-    assert {total for _, _, total in seen} == {7}
-    assert seen[0][0] == "embed toy"
-    assert "toy-linear-0.5" in [label for label, _, _ in seen]
+    assert [done for _, done, _, _ in seen] == list(range(1, 8))
+    assert {total for _, _, total, _ in seen} == {7}
+    assert [label for label, _, _, _ in seen] == [
+        "embed toy",
+        "toy-linear-0.3",
+        "toy-linear-0.5",
+        "gates toy",
+        "matched control linear",
+        "matched control linear",
+        "planted",
+    ]
+    assert seen[0][3] == "", "nothing is known before the first cell"
+    assert all("left" in words for _, _, _, words in seen[1:])
+
+
+def test_cells_without_an_embedding_are_not_waited_for(cache_folder: Path) -> None:
+    seen: list[tuple[str, int, int, str]] = []
+    run_here(cases("toy(fault=crash_embed)", TOY), cache_folder, on_progress=lambda *step: seen.append(step))
+    assert [(done, total) for _, done, total, _ in seen] == [(3, 8), (4, 8), (5, 8), (6, 8), (7, 8), (8, 8)]
+    assert seen[-1][3] == "about 0 s left"
 
 
 def test_a_wrong_input_ends_the_run(cache_folder: Path) -> None:
@@ -175,105 +186,65 @@ def test_a_wrong_input_ends_the_run(cache_folder: Path) -> None:
         run_here(cases("toy(strength=high)"), cache_folder)
 
 
-# Processes
-
-JOBS = [Job("embed", MINI, seed) for seed in range(2)]
-
-
-def fall_asleep(job: Job, folder: Path) -> str:
-    """The first job is done at once, the second takes long, and says so if it is let."""
-    if job.seed == 0:
-        return "done"
-    time.sleep(20)
-    (folder / "woke up").touch()
-    return "late"
-
-
-def die(*_: object) -> None:
-    os._exit(3)
-
-
-def report_signal(*_: object) -> bool:
-    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def in_processes(monkeypatch: pytest.MonkeyPatch, work: Any, folder: Path) -> Iterator[tuple[Job, Any]]:
-    monkeypatch.setattr(runner, "work", work)
-    monkeypatch.setattr(runner, "get_context", lambda _: multiprocessing.get_context("fork"))
-    return runner._work_all(JOBS, lambda *_: [], 2, folder)
-
-
-@FORK
-@QUIET_FORK
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MergeguardError])
-def test_an_end_in_the_middle_ends_the_workers_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    def stop() -> None:
-        for job, result in in_processes(monkeypatch, fall_asleep, tmp_path):
-            assert (job.seed, result) == (0, "done")
-            raise error
-
-    with pytest.raises(error):
-        stop()
-    assert not multiprocessing.active_children()
-    assert not (tmp_path / "woke up").exists()
-
-
-@FORK
-@QUIET_FORK
-def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MergeguardError, match=r"a worker process died, .* try again with fewer workers"):
-        list(in_processes(monkeypatch, die, tmp_path))
-
-
-@FORK
-@QUIET_FORK
-def test_an_interrupt_from_the_keyboard_is_left_to_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [result for _, result in in_processes(monkeypatch, report_signal, tmp_path)] == [True, True]
-
-
-ORPHAN = """
-import multiprocessing, os, pathlib, sys, time
-from mergeguard.matrix import runner
-
-def work(job, folder):
-    (folder / "worker").write_text(str(os.getpid()))
-    time.sleep(60)
-
-runner.work, runner.get_context = work, lambda _: multiprocessing.get_context("fork")
-next(runner._work_all([runner.Job("embed", "mini", 0)], lambda *_: [], 2, pathlib.Path(sys.argv[1])))
-"""
-
-
-@FORK
-@pytest.mark.slow
-def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ORPHAN, str(tmp_path)])
-    note = tmp_path / "worker"
-    wait_until(lambda: note.exists() and bool(note.read_text()))
-    parent.kill()
-    parent.wait(timeout=60)
-    wait_until(lambda: not is_running(int(note.read_text())))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"  # a zombie waits for nothing but to be counted
-
-
-def wait_until(condition: Any) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise TimeoutError
-
-
 def test_scheme_errors_travel_between_processes_as_values(cache_folder: Path) -> None:
     (case,) = cases("toy(fault=crash_embed)")
     result = runner.work(Job("embed", MINI, 0, protection=case.protection), cache_folder)
     assert isinstance(result, SchemeError)
+
+
+# What runs it
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "workers", "expected"),
+    [
+        ("cpu", 1, None, Processes(4)),
+        ("cpu", 1, 3, Processes(3)),
+        ("cpu", 1, 1, Inline()),
+        ("cpu", None, None, Inline()),
+        ("cpu", None, 2, Processes(2)),
+        ("cuda", None, None, Processes(2, ("0", "1"))),
+        ("cuda", None, 5, Processes(5, ("0", "1"))),
+        ("cuda", None, 1, Inline()),
+        ("cuda:1", None, None, Inline()),
+        ("cuda:1", None, 2, Processes(2)),
+    ],
+)
+def test_workers_follow_from_the_world_and_the_machine(
+    monkeypatch: pytest.MonkeyPatch, device: str, threads: int | None, workers: int | None, expected: object
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runner, "available_cores", lambda: 4)
+    assert make_executor("processes", replace(mini(), device=device, threads=threads), workers) == expected
+
+
+def test_ray_is_an_executor_by_name() -> None:
+    assert make_executor("ray", replace(mini(), threads=3), 2) == RayTasks(2, 3, "cpu")
+    with pytest.raises(UnknownNameError, match="unknown executor 'rya'; did you mean 'ray'"):
+        make_executor("rya", mini(), 2)
+
+
+def test_other_code_elsewhere_is_refused(cache_folder: Path) -> None:
+    (case,) = cases(TOY)
+    job = Job("embed", MINI, 0, protection=case.protection)
+    assert runner.work_elsewhere(job, cache_folder, runner.code_version())[0] is None
+    with pytest.raises(MergeguardError, match="has another version of mergeguard or torch"):
+        runner.work_elsewhere(job, cache_folder, "another")
+
+
+# What is said of it
+
+
+def test_the_form_of_a_worlds_parents_is_part_of_its_results() -> None:
+    assert runner.describe_world(mini()) == {"name": MINI, "digests": {"base": "0" * 64}}
+    shipped = replace(mini(), form="adapters as shipped")
+    assert runner.describe_world(shipped)["form"] == "adapters as shipped"
+
+
+def test_gpus_are_named_where_the_world_computes_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert runner.environment("cuda").items() >= {"device": "cuda", "gpus": "GPU 0, GPU 1", "cuda": "13.0"}.items()
+    assert not runner.environment().keys() & {"device", "gpus", "cuda"}

@@ -1,4 +1,4 @@
-"""Training examples from text: shared by the schemes that are trained in."""
+"""Training examples from text: shared by worlds and by the schemes that are trained in."""
 
 from __future__ import annotations
 
