@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from mergeguard import __version__
+from mergeguard.commands.compare import compare
+from mergeguard.commands.report import report
+from mergeguard.commands.skills import skills
+from mergeguard.commands.world_plan import plan
 from mergeguard.errors import MergeguardError, ParameterError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -26,7 +38,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 world_app = typer.Typer(no_args_is_help=True, help="Build or check a world of models.")
 app.add_typer(world_app, name="world")
-KINDS = ("protections", "mergers", "worlds")
+app.command()(compare)
+app.command()(report)
+app.command()(skills)
+world_app.command()(plan)
+KINDS = ("protections", "mergers", "worlds", "skills")
 INTERNAL_ERROR = 70
 """Exit code of a bug of ours, as in sysexits.h."""
 RECORDED_SEEDS = 3
@@ -55,11 +71,22 @@ def run(
     coefficients: Annotated[
         str | None, typer.Option(help="Weights of the protected model, e.g. 0.1,0.5; default 0.1 to 0.9.")
     ] = None,
-    world: Annotated[str, typer.Option(help="The world of models.")] = "tiny",
+    axes: Annotated[
+        str | None, typer.Option(help="Vary parameters of the mergers that have a density: normalize,density.")
+    ] = None,
+    world: Annotated[str, typer.Option(help="The world of models: a name, or a file such as my-trio.toml.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed of keys, training and random masks.", min=0)] = 0,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; default: one per core. Never changes a result.", min=1)
+        int | None,
+        typer.Option(
+            help="Jobs at a time; default: as many as the world's threads fit the cores (one per core for tiny), or "
+            "one per GPU. Never changes a result.",
+            min=1,
+        ),
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Where jobs run: processes, or ray (the cluster at RAY_ADDRESS, else this machine).")
+    ] = "processes",
     output: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("mergeguard-results"),
     record_losses: Annotated[
         Path | None,
@@ -69,24 +96,27 @@ def run(
     ] = None,
 ) -> None:
     """Run the survival matrix: exit code 0 if the gate holds, 1 if it does not, 2 if an input is wrong."""
-    from mergeguard.matrix.cases import expand, parse_coefficients
+    from mergeguard.matrix.cases import expand, parse_coefficients, with_axes
+    from mergeguard.matrix.executors import EXECUTORS
     from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS
     from mergeguard.protections.registry import DEFAULT_PROTECTIONS, make_protection
     from mergeguard.reports.bundle import prepare_folder, write_reports
     from mergeguard.reports.terminal import print_matrix
-    from mergeguard.worlds.registry import WORLDS
+    from mergeguard.worlds.registry import find_world
 
-    if world not in WORLDS:
-        raise UnknownNameError("world", world, WORLDS)
+    world = find_world(world)
+    if executor not in EXECUTORS:
+        raise UnknownNameError("executor", executor, EXECUTORS)
     schemes = [make_protection(name).spec for name in protection or DEFAULT_PROTECTIONS]
+    attacks = merger or DEFAULT_MERGERS
     cases = expand(
         schemes,
-        merger or DEFAULT_MERGERS,
+        attacks if axes is None else with_axes(attacks, axes),
         DEFAULT_COEFFICIENTS if coefficients is None else parse_coefficients(coefficients),
         world=world,
         seed=seed,
     )
-    full = not (protection or merger or coefficients)
+    full = not (protection or merger or coefficients or axes)
     prepare_folder(output)
     if record_losses is not None:
         prepare_folder(record_losses.parent)
@@ -96,7 +126,7 @@ def run(
 
     records = read_records(recorded_file(world))
     with _progress() as step:
-        results = run_cases(cases, records=records, full=full, workers=workers, on_progress=step)
+        results = run_cases(cases, records=records, full=full, workers=workers, executor=executor, on_progress=step)
     print_matrix(results, Console())
     write_reports(results, output)
     typer.echo(f"reports: {output}")
@@ -105,7 +135,7 @@ def run(
         for other in range(seed + 1, seed + RECORDED_SEEDS):
             with _progress() as step:
                 reseeded = [replace(case, seed=other) for case in cases]
-                runs.append(run_cases(reseeded, workers=workers, on_progress=step).outcomes)
+                runs.append(run_cases(reseeded, workers=workers, executor=executor, on_progress=step).outcomes)
         written = write_records(record_losses, runs, records, full=full)
         typer.echo(f"recorded {len(written)} losses in {record_losses}; review their reasons before you commit it")
     raise typer.Exit(_exit_code(results))
@@ -188,7 +218,7 @@ def _check_merged(folder: Path) -> int:
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="protections, mergers or worlds")],
+    kind: Annotated[str, typer.Argument(help="protections, mergers, worlds or skills")],
 ) -> None:
     """List what is registered, with its parameters."""
     if kind not in KINDS:
@@ -201,23 +231,36 @@ def list_names(
 
 @world_app.command()
 def build(
-    name: Annotated[str, typer.Argument(help="The world to build.")],
-    output: Annotated[Path, typer.Option(help="A folder that does not exist yet.")] = Path("tiny-world"),
+    name: Annotated[str, typer.Argument(help="The world to build: tiny or smollm2.")],
+    output: Annotated[
+        Path | None, typer.Option(help="A folder that does not exist yet; default: tiny-world or smollm2-world.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="smollm2: train every weight instead of adapters; wants a GPU.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="smollm2: cpu, cuda, ...; default: a GPU if there is one.")] = None,
 ) -> None:
-    """Train a world from its seed."""
-    if name != "tiny":
-        raise UnknownNameError("world that can be built", name, ("tiny",))
-    from mergeguard.worlds.tiny.build import build as build_tiny
-
+    """Train a world from its seed. A killed build of smollm2 goes on where it stopped."""
+    out = output or Path(f"{name}-world")
     with _progress() as step:
-        manifest = build_tiny(output, on_progress=step)
-    for file, digest in manifest["digests"].items():
-        typer.echo(f"{digest}  {file}.safetensors")
+        if name == "tiny":
+            from mergeguard.worlds.tiny.build import build as build_tiny
+
+            manifest = build_tiny(out, on_progress=step)
+        elif name == "smollm2":
+            from mergeguard.worlds.smollm2.build import FULL, Recipe
+            from mergeguard.worlds.smollm2.build import build as build_smollm2
+
+            manifest = build_smollm2(out, FULL if full else Recipe(), step, device)
+        else:
+            raise UnknownNameError("world that can be built", name, ("tiny", "smollm2"))
+    for part, digest in manifest["digests"].items():
+        typer.echo(f"{digest}  {part}")
 
 
 @world_app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="The world to check.")],
+    name: Annotated[str, typer.Argument(help="The world to check, or its file.")],
     folder: Annotated[Path | None, typer.Option(help="A folder that `world build` wrote.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -279,6 +322,7 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
     from mergeguard.protections.registry import PROTECTIONS
     from mergeguard.specs import format_value
     from mergeguard.worlds.registry import WORLDS
+    from mergeguard.worlds.skills.registry import SKILLS, options_of
 
     if kind == "mergers":
         for name in MERGERS:
@@ -289,9 +333,13 @@ def _rows(kind: str) -> Iterator[tuple[str, str, str]]:
             scheme = PROTECTIONS.get(name)
             about = f"{_first_line(scheme)} [{scheme.access.value}]".lstrip()
             yield name, _written(dict(scheme.defaults), format_value), about
+    elif kind == "skills":
+        for name in SKILLS:
+            yield name, ", ".join(options_of(name)), _first_line(SKILLS.get(name))
     else:
         for name in WORLDS:
             yield name, "", _first_line(WORLDS.get(name))
+        yield "FILE.toml", "", "A world of your own models; fixtures/worlds/ has two to begin with."
 
 
 def _first_line(item: object) -> str:
@@ -302,21 +350,29 @@ def _written(parameters: dict[str, bool | int | float | str], show: Callable[...
     return ", ".join(f"{name}={show(value)}" for name, value in parameters.items())
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """The time left in the words of whoever knows better, else by the pace so far."""
+
+    def render(self, task: Task) -> Text:
+        words: str | None = task.fields.get("left")
+        return super().render(task) if words is None else Text(words, style="progress.remaining")
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[..., None]]:
     """A progress bar on stderr with the time left; silent where stderr is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _TimeLeft(),
     )
     with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 
-        def step(label: str, done: int, total: int) -> None:
-            progress.update(task, description=label[:60], completed=done, total=total)
+        def step(label: str, done: int, total: int, left: str | None = None) -> None:
+            progress.update(task, description=label[:60], completed=done, total=total, left=left)
 
         yield step
 

@@ -1,7 +1,7 @@
 """The pytest plugin: options, header, parametrized cases, and the matrix as the terminal summary.
 
-A test that asks for the fixtures `protection`, `merger` and `coefficient` runs once per case. Start-up stays light:
-torch is loaded by the tests, not by this module.
+A test that asks for the fixtures `protection`, `merger` and `coefficient` runs once per case. Which cases these are
+its module says (`MATRIX`), and options. Start-up stays light: torch is loaded by the tests, not by this module.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import pytest
 
@@ -19,12 +19,14 @@ from mergeguard import __version__
 from mergeguard.errors import EvidenceLost, MergeguardError
 
 if TYPE_CHECKING:
-    from mergeguard.matrix.cases import Case
+    from types import ModuleType
+
     from mergeguard.matrix.outcome import Results
     from mergeguard.matrix.recorded import Record
+    from mergeguard.matrix.selection import Matrix, Selection
 
 OUTCOME, GATE, PLANTED = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
-PART_OF_GATE = "mergeguard_part_of_gate"
+WORLD = "mergeguard_world"
 NO_GPU = "tests marked gpu are selected, and there is no CUDA device; deselect them"
 CASE_FIXTURES = ("protection", "merger", "coefficient")
 MARKERS = {
@@ -34,18 +36,7 @@ MARKERS = {
 }
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What the options select."""
-
-    cases: tuple[Case, ...]
-    records: dict[str, Record]
-    full: bool
-    world: str
-    seed: int
-
-
-SELECTION = pytest.StashKey[Selection]()
+SELECTIONS = pytest.StashKey["dict[Matrix, Selection]"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--protection", action="append", help="a protection, e.g. quantization_watermark; repeatable")
     group.addoption("--merger", action="append", help="a merger, e.g. ties(density=0.4); repeatable")
     group.addoption("--coefficient", action="append", help="weights of the protected model, e.g. 0.1,0.5; repeatable")
-    group.addoption("--world", default="tiny", help="the world of models (default: tiny)")
+    group.addoption("--axes", help="vary parameters of the mergers that have a density: normalize,density")
+    group.addoption("--world", help="the world of models, a name or a .toml file (default: tiny; real, gpu: smollm2)")
     group.addoption("--seed", dest="mergeguard_seed", type=int, default=0, help="seed of keys, training and masks")
     group.addoption("--mergeguard-output", metavar="DIR", help="write results.json, report.md and junit.xml here")
 
@@ -65,18 +57,37 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Collector(config), "mergeguard_collector")
 
 
-def selection(config: pytest.Config) -> Selection:
-    """The cases that the options select, made once.
+def matrix_of(module: ModuleType) -> Matrix:
+    """What a test module measures where no option says otherwise."""
+    from mergeguard.matrix.selection import Matrix
+
+    found: Matrix = getattr(module, "MATRIX", Matrix())
+    return found
+
+
+def selection(config: pytest.Config, matrix: Matrix | None = None) -> Selection:
+    """The cases of `matrix` (default: the full one of tiny) that the options select, made once.
 
     Raises:
         pytest.UsageError: an option names something that does not exist or lies outside its domain.
     """
-    if SELECTION not in config.stash:
+    from mergeguard.matrix.selection import Matrix, Options, select
+
+    chosen, matrix = config.stash.setdefault(SELECTIONS, {}), matrix or Matrix()
+    if matrix not in chosen:
+        options = Options(
+            world=config.getoption("world"),
+            protections=config.getoption("protection") or (),
+            mergers=config.getoption("merger") or (),
+            coefficients=config.getoption("coefficient") or (),
+            axes=config.getoption("axes"),
+            seed=config.getoption("mergeguard_seed"),
+        )
         try:
-            config.stash[SELECTION] = _select(config)
+            chosen[matrix] = select(matrix, options)
         except MergeguardError as error:
             raise pytest.UsageError(f"mergeguard: {error}") from error
-    return config.stash[SELECTION]
+    return chosen[matrix]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -92,38 +103,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"mergeguard: {error}") from error
 
 
-def _select(config: pytest.Config) -> Selection:
-    from mergeguard.errors import ParameterError, UnknownNameError
-    from mergeguard.matrix.cases import expand, parse_coefficients
-    from mergeguard.matrix.recorded import read_records, recorded_file
-    from mergeguard.mergers.registry import DEFAULT_COEFFICIENTS, DEFAULT_MERGERS
-    from mergeguard.protections.registry import DEFAULT_PROTECTIONS, make_protection
-    from mergeguard.specs import parse_spec
-    from mergeguard.worlds.registry import WORLDS
-
-    protections, mergers = config.getoption("protection"), config.getoption("merger")
-    coefficients, world = config.getoption("coefficient"), config.getoption("world")
-    seed = config.getoption("mergeguard_seed")
-    if world not in WORLDS:
-        raise UnknownNameError("world", world, WORLDS)
-    if seed < 0:
-        raise ParameterError(f"the seed is {seed}, expected a number from 0 on")
-    specs = [parse_spec(text) for text in protections or DEFAULT_PROTECTIONS]
-    # Only parameters need the scheme's code, and with it torch: to check them, and to drop those that are defaults.
-    specs = [make_protection(spec).spec if spec.parameters else spec for spec in specs]
-    cases = expand(
-        specs,
-        mergers or DEFAULT_MERGERS,
-        parse_coefficients(",".join(coefficients)) if coefficients else DEFAULT_COEFFICIENTS,
-        world=world,
-        seed=seed,
-    )
-    full = not (protections or mergers or coefficients)
-    return Selection(cases, read_records(recorded_file(world)), full, world, seed)
-
-
 def pytest_report_header(config: pytest.Config) -> str:
-    from mergeguard.matrix.cache import cache_folder
+    from mergeguard.machine import cache_folder
 
     chosen = selection(config)
     return (
@@ -132,10 +113,23 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """What other worlds than the header's are measured, and what to expect of that."""
+    from mergeguard.matrix.selection import Matrix, costs
+
+    lines = []
+    for matrix in dict.fromkeys(matrix_of(item.module) for item in items if _measures(item)):
+        if matrix != Matrix():
+            chosen = selection(config, matrix)
+            records = f"{len(chosen.cases)} cases, {len(chosen.records)} recorded losses"
+            lines += [f"mergeguard: world {chosen.world}, seed {chosen.seed}, {records}", *costs(matrix, chosen)]
+    return lines
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = set(metafunc.fixturenames) - _parametrized_by_itself(metafunc)
     if asked.issuperset(CASE_FIXTURES):
-        chosen = selection(metafunc.config)
+        chosen = selection(metafunc.config, matrix_of(metafunc.module))
         metafunc.parametrize(
             CASE_FIXTURES,
             [
@@ -152,7 +146,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             scope="function",  # a wider one would have pytest reorder the cases
         )
     elif asked.issuperset(("protection", "chosen")):  # "protection" alone may be another project's fixture
-        schemes = dict.fromkeys(case.protection for case in selection(metafunc.config).cases)
+        chosen = selection(metafunc.config, matrix_of(metafunc.module))
+        schemes = dict.fromkeys(case.protection for case in chosen.cases)
         metafunc.parametrize(
             "protection", list(schemes), ids=[str(spec) for spec in schemes], indirect=True, scope="function"
         )
@@ -174,16 +169,33 @@ def _marks(record: Record | None) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(raises=EvidenceLost, reason=record.reason, strict=not record.on_edge)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that measure something say so in their reports, whatever they fail by and in whichever process."""
+def _measures(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return isinstance(item, pytest.Function) and {"chosen", "engine"} <= set(item.fixturenames)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that measure say in which world in their reports, whatever they fail by and in whichever process."""
     for item in items:
-        if {"chosen", "engine"} <= set(getattr(item, "fixturenames", ())):
-            item.user_properties.append((PART_OF_GATE, True))
+        if _measures(item):
+            item.user_properties.append((WORLD, selection(config, matrix_of(item.module)).world))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput") and any(map(_lacks_gpu, session.items)):
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None and any(map(_lacks_gpu, session.items)):
         raise pytest.UsageError(NO_GPU)
+    if worker is not None and any(map(_may_use_gpu, session.items)):
+        from mergeguard.matrix.executors import gpus, pin
+
+        pin(int(worker["workerid"].removeprefix("gw")), gpus())
+
+
+def _may_use_gpu(item: pytest.Item) -> bool:
+    """Whether a test may start CUDA: it says so, or measures in a world that may compute there."""
+    from mergeguard.matrix.cases import DEFAULT_WORLD
+
+    world = dict(item.user_properties).get(WORLD, DEFAULT_WORLD)
+    return item.get_closest_marker("gpu") is not None or world != DEFAULT_WORLD
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -201,66 +213,98 @@ def _lacks_gpu(item: pytest.Item) -> bool:
 
 
 class Collector:
-    """Gathers what the tests report, from every xdist worker, and shows it at the end."""
+    """Gathers what the tests report, from every xdist worker, and shows it at the end, a matrix for each world."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.reported: dict[tuple[str, str], str] = {}
-        self.problems: list[str] = []
+        self.reported: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        self.problems: list[tuple[str | None, str]] = []
         self.started = time.perf_counter()
+        self.session: pytest.Session | None = None
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.done = 0
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = [(name, str(value)) for name, value in report.user_properties]
-        parts = [(name, value) for name, value in properties if name in (OUTCOME, GATE, PLANTED)]
-        if report.when == "call":
-            self.reported.update(dict.fromkeys(parts, report.nodeid))
+        world = dict(properties).get(WORLD)
+        if report.when == "call" and world is not None:
+            parts = [(name, value) for name, value in properties if name in (OUTCOME, GATE, PLANTED)]
+            self.reported[world].update(dict.fromkeys(parts))
         # A worker that dies leaves no properties.
-        if report.failed and (PART_OF_GATE in dict(properties) or "test_evidence_survives" in report.nodeid):
-            self.problems.append(f"{report.nodeid.rpartition('::')[2]} failed")
+        if report.failed and (world is not None or "test_evidence_survives" in report.nodeid):
+            self.problems.append((world, f"{report.nodeid.rpartition('::')[2]} failed"))
+        self.seconds[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self.done += 1
+            self._say_time_left(report.nodeid, world)
+
+    def _say_time_left(self, name: str, world: str | None) -> None:
+        """After each test that measures in a large world: how long the others may take."""
+        from mergeguard.matrix.cases import DEFAULT_WORLD
+        from mergeguard.matrix.progress import in_words, remaining
+
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        if world in (None, DEFAULT_WORLD) or self.session is None or terminal is None or terminal.verbosity < 0:
+            return
+        total = self.session.testscollected
+        elapsed = time.perf_counter() - self.started
+        left = remaining(
+            {"test": list(self.seconds.values())}, {"test": max(0, total - self.done)}, elapsed, pace="test"
+        )
+        state = ", ".join(filter(None, (f"{self.done}/{total}", in_words(left))))
+        terminal.ensure_newline()
+        terminal.write_line(f"{name.rpartition('::')[2]}: {self.seconds[name]:.0f} s [{state}]")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        results = self.results()
-        if results is None:
-            return
-        from mergeguard.reports.terminal import matrix_lines
-
-        terminalreporter.section("mergeguard survival matrix")
-        for line in matrix_lines(results, width=shutil.get_terminal_size().columns):
-            terminalreporter.write_line(line)
+        found = self.results()
         folder = self.config.getoption("mergeguard_output")
-        if folder:
-            from mergeguard.reports.bundle import write_reports
+        for results in found:
+            from mergeguard.reports.terminal import matrix_lines
 
-            try:
-                write_reports(results, Path(folder))
-            except MergeguardError as error:
-                raise pytest.UsageError(f"mergeguard: {error}") from error
-            terminalreporter.write_line(f"reports: {folder}")
+            terminalreporter.section("mergeguard survival matrix")
+            for line in matrix_lines(results, width=shutil.get_terminal_size().columns):
+                terminalreporter.write_line(line)
+            if folder:
+                from mergeguard.reports.bundle import prepare_folder, write_reports
 
-    def results(self) -> Results | None:
-        """The run's results, as far as tests reported parts of them; None if there are none."""
+                own = Path(folder) / str(results.world["name"]) if len(found) > 1 else Path(folder)
+                try:
+                    prepare_folder(own)
+                    write_reports(results, own)
+                except MergeguardError as error:
+                    raise pytest.UsageError(f"mergeguard: {error}") from error
+                terminalreporter.write_line(f"reports: {own}")
+
+    def results(self) -> list[Results]:
+        """The run's results in each world, as far as tests reported parts of them."""
+        return [found for world, parts in self.reported.items() if (found := self._results(world, list(parts)))]
+
+    def _results(self, name: str, reported: list[tuple[str, str]]) -> Results | None:
         from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results
 
         def parts(kind: str) -> list[dict[str, Any]]:
-            return [json.loads(value) for name, value in self.reported if name == kind]
+            return [json.loads(value) for found, value in reported if found == kind]
 
-        chosen = selection(self.config)
-        order = {case.id: position for position, case in enumerate(chosen.cases)}
+        order = {case.id: position for position, case in enumerate(selection(self.config).cases)}
         outcomes = sorted(
             (Outcome.from_json(data) for data in parts(OUTCOME)), key=lambda o: order.get(o.id, len(order))
         )
         if not outcomes:
             return None
-        from mergeguard.matrix.runner import environment, matched_controls
+        from mergeguard.matrix.runner import describe_world, environment, matched_controls
         from mergeguard.worlds.registry import load_world
 
+        world = load_world(name)
         return Results(
-            world={"name": chosen.world, "digests": dict(load_world(chosen.world).digests)},
-            environment=environment(),
+            world=describe_world(world),
+            environment=environment(world.device),
             outcomes=tuple(outcomes),
             before_merging=tuple(Gate(**data) for data in parts(GATE)),
             planted=tuple(Planted(**data) for data in parts(PLANTED)),
-            problems=tuple(dict.fromkeys(self.problems)),
+            problems=tuple(dict.fromkeys(line for at, line in self.problems if at in (None, name))),
             matched_controls=matched_controls(outcomes),
             seconds=time.perf_counter() - self.started,
         )

@@ -1,38 +1,37 @@
-"""Runs cases over processes and puts the results together. The number of workers changes no result."""
+"""Runs cases on an executor and puts the results together. Neither executor nor number of workers changes a result."""
 
 from __future__ import annotations
 
 import os
 import platform
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeguard.errors import MergeguardError, SchemeError, UndecidableError
-from mergeguard.machine import available_cores
+from mergeguard.errors import MergeguardError, SchemeError, UndecidableError, UnknownNameError
+from mergeguard.machine import CACHE_VARIABLE, available_cores
 from mergeguard.matrix import gates
-from mergeguard.matrix.cache import Cache
+from mergeguard.matrix.cache import Cache, code_version
 from mergeguard.matrix.engine import Engine
+from mergeguard.matrix.executors import EXECUTORS, Inline, Processes, default_workers, gpus
 from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results, format_coefficient
+from mergeguard.matrix.progress import in_words, remaining
 from mergeguard.matrix.recorded import Record, expected, problem_of, stale
 from mergeguard.worlds.registry import load_world
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mergeguard.matrix.cases import Case
+    from mergeguard.matrix.executors import Executor
     from mergeguard.specs import Spec
+    from mergeguard.worlds.contract import World
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, str], None]
+"""Called after each job with its label, the jobs done, all jobs, and the time left in words (empty: not known)."""
 CELL_ERRORS = (SchemeError, UndecidableError)
 """What is red about one cell or scheme, and stops no other."""
 LIBRARIES = ("mergeguard", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -48,8 +47,13 @@ class Job:
     case: Case | None = None
     protection: Spec | None = None
 
+    def __str__(self) -> str:
+        if self.case is not None:
+            return self.case.id if self.kind == "outcome" else f"matched control {self.case.merger}"
+        return f"{self.kind} {self.protection or ''}".rstrip()
 
-@lru_cache(maxsize=4)
+
+@lru_cache(maxsize=1)  # an engine holds a loaded model
 def engine_for(world: str, seed: int, cache_folder: Path | None = None) -> Engine:
     """This process's engine of a world and seed."""
     return Engine(load_world(world), seed, Cache(cache_folder))
@@ -76,17 +80,59 @@ def work(job: Job, cache_folder: Path | None) -> Any:
     raise ValueError(f"a job of kind {job.kind!r} lacks its case or protection")
 
 
+def timed_work(job: Job, cache_folder: Path | None) -> tuple[Any, float]:
+    """`work`, and the seconds that it took."""
+    started = time.perf_counter()
+    result = work(job, cache_folder)
+    return result, time.perf_counter() - started
+
+
+def work_elsewhere(job: Job, cache_folder: Path | None, code: str) -> tuple[Any, float]:
+    """`timed_work` on another machine, whose code may be another.
+
+    Raises:
+        MergeguardError: it is.
+    """
+    if code_version() != code:
+        raise MergeguardError(
+            f"{platform.node()} has another version of mergeguard or torch than {Path(__file__).parents[1]} here; "
+            "install the same on every node"
+        )
+    return timed_work(job, cache_folder)
+
+
+def make_executor(name: str, world: World, workers: int | None) -> Executor:
+    """The executor called `name` with as many workers as asked for, or as the world and this machine suggest.
+
+    Raises:
+        UnknownNameError: there is none.
+        ParameterError: it cannot serve the world's device.
+    """
+    if name not in EXECUTORS:
+        raise UnknownNameError("executor", name, EXECUTORS)
+    if name == "ray":
+        from mergeguard.matrix.ray_executor import RayTasks
+
+        return RayTasks(workers, world.threads, world.device)
+    devices = gpus() if world.device == "cuda" else ()
+    count = workers or default_workers(world.device, world.threads, available_cores(), len(devices))
+    return Inline() if count == 1 else Processes(count, devices)
+
+
 def measure(
     cases: Sequence[Case],
     *,
     workers: int | None = None,
+    executor: str = "processes",
     cache_folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[list[Outcome | SchemeError | UndecidableError], list[Gate], list[Planted], list[str]]:
     """Outcomes in the order of `cases`, gates, planted mistakes, and scheme errors met in a gate.
 
     Args:
-        workers: processes; by default one per available core. One means this process.
+        workers: how many jobs run at a time; by default one for each GPU that the world computes on, or as many as
+            its threads fit the cores of this machine, or as Ray has room for. One process means this process.
+        executor: "processes" or "ray".
 
     Raises:
         MergeguardError: an input cannot be used.
@@ -105,22 +151,40 @@ def measure(
         ]
         for protection in protections
     }
-    total = len(embeds) + len(controls) + 1 + sum(len(jobs) for jobs in waiting.values())
+    left = Counter(
+        job.kind for job in (*embeds, *controls, planted, *(job for jobs in waiting.values() for job in jobs))
+    )
+    total, seconds, started = left.total(), {kind: list[float]() for kind in left}, time.perf_counter()
     results: dict[Job, Any] = {}
 
-    def then(job: Job, result: Any) -> list[Job]:
+    def settle(job: Job, result: Any) -> None:
+        results[job] = result
+        left[job.kind] -= 1
+
+    def then(job: Job, timed: tuple[Any, float]) -> list[Job]:
         """What waits for `job`. Without an embedding nothing else can be measured: its error is theirs."""
         if job.kind != "embed" or job.protection is None:
             return []
-        if isinstance(result, CELL_ERRORS):
-            results.update(dict.fromkeys(waiting[job.protection], result))
+        if isinstance(timed[0], CELL_ERRORS):
+            for unmeasured in waiting[job.protection]:
+                settle(unmeasured, timed[0])
             return []
         return waiting[job.protection]
 
-    for job, result in _work_all([*embeds, *controls, planted], then, workers or available_cores(), cache_folder):
-        results[job] = result
+    if executor == "ray":
+        # A folder that the user named is one that the nodes share; else each has its own.
+        shared = cache_folder or (Path(os.environ[CACHE_VARIABLE]) if os.environ.get(CACHE_VARIABLE) else None)
+        do = partial(work_elsewhere, cache_folder=shared, code=code_version())
+    else:
+        do = partial(timed_work, cache_folder=cache_folder)
+    for job, (result, taken) in make_executor(executor, load_world(world), workers)(
+        do, [*embeds, *controls, planted], then
+    ):
+        settle(job, result)
+        seconds[job.kind].append(taken)
         if on_progress is not None:
-            on_progress(_label(job), len(results), total)
+            time_left = remaining(seconds, left, time.perf_counter() - started, pace="outcome")
+            on_progress(str(job), len(results), total, in_words(time_left))
     outcomes = [results[Job("outcome", world, seed, case=case)] for case in cases]
     found, errors = [], []
     for protection in protections:
@@ -138,6 +202,7 @@ def run(
     records: dict[str, Record] | None = None,
     full: bool = False,
     workers: int | None = None,
+    executor: str = "processes",
     cache_folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Results:
@@ -146,6 +211,7 @@ def run(
     Args:
         records: recorded losses by id.
         full: the cases are a full run, so that a record without a case is stale.
+        workers, executor: see `measure`.
 
     Raises:
         MergeguardError: an input cannot be used.
@@ -153,7 +219,7 @@ def run(
     started = time.perf_counter()
     records = records or {}
     measured, before, planted, problems = measure(
-        cases, workers=workers, cache_folder=cache_folder, on_progress=on_progress
+        cases, workers=workers, executor=executor, cache_folder=cache_folder, on_progress=on_progress
     )
     outcomes = []
     for case, outcome in zip(cases, measured, strict=True):
@@ -175,8 +241,8 @@ def run(
         problems += [f"the recorded loss {name} matches no case; record anew" for name in stale(records, ids)]
     world = load_world(cases[0].world)
     return Results(
-        world={"name": world.name, "digests": dict(world.digests)},
-        environment=environment(),
+        world=describe_world(world),
+        environment=environment(world.device),
         outcomes=tuple(outcomes),
         before_merging=tuple(before),
         planted=tuple(planted),
@@ -191,8 +257,13 @@ def matched_controls(outcomes: Iterable[Outcome]) -> dict[str, Mapping[str, floa
     return {f"{o.merger_spec}-{format_coefficient(o.coefficient)}": o.skills_kept for o in outcomes}
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a reader needs to compare results."""
+def describe_world(world: World) -> dict[str, Any]:
+    """A world as results name it: its name, its files' digests and, where there are several, its parents' form."""
+    return {"name": world.name, "digests": dict(world.digests), **({"form": world.form} if world.form else {})}
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions and hardware that a reader needs to compare results; of GPUs if `device`, the world's, is one."""
 
     def version_of(library: str) -> str:
         try:
@@ -206,57 +277,12 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": available_cores(),
         **{library: version_of(library) for library in LIBRARIES},
+        **(_cuda(device) if device.startswith("cuda") else {}),
     }
 
 
-def _label(job: Job) -> str:
-    if job.case is not None:
-        return job.case.id if job.kind == "outcome" else f"matched control {job.case.merger}"
-    return f"{job.kind} {job.protection or ''}".rstrip()
+def _cuda(device: str) -> dict[str, Any]:
+    import torch
 
-
-def _work_all(
-    first: Sequence[Job], then: Callable[[Job, Any], list[Job]], workers: int, cache_folder: Path | None
-) -> Iterator[tuple[Job, Any]]:
-    """Each job with its result, as soon as it is there: first `first`, and what `then` adds to each."""
-    if workers == 1:
-        queue = deque(first)
-        while queue:
-            job = queue.popleft()
-            result = work(job, cache_folder)
-            queue.extend(then(job, result))
-            yield job, result
-        return
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
-    try:
-        pending = {executor.submit(work, job, cache_folder): job for job in first}
-        while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                job, result = pending.pop(future), future.result()
-                pending.update({executor.submit(work, later, cache_folder): later for later in then(job, result)})
-                yield job, result
-    except BrokenProcessPool as error:
-        raise MergeguardError(
-            "a worker process died, most often for want of memory; try again with fewer workers"
-        ) from error
-    except BaseException:
-        # Nobody waits for what still runs, which may take minutes. Public from Python 3.14 on: terminate_workers.
-        for process in list((executor._processes or {}).values()):  # noqa: SLF001
-            process.terminate()
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    """Ctrl-C is for the parent, which ends its workers; a worker whose parent was killed ends by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"device": device, "cuda": torch.version.cuda or "none", **({"gpus": ", ".join(names)} if names else {})}

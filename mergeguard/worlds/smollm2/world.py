@@ -51,9 +51,10 @@ WATERMARK: dict[str, Value] = {
 
 
 def budgets(shared: Texts) -> dict[str, Budget]:
-    """Schedules that two cores can afford: minutes for a fingerprint, most of an hour for the watermark."""
+    """Schedules that two cores can afford: some minutes each."""
     return {
         "instructional_fingerprint": Budget(shared, 100, 6e-5, 8, FINGERPRINT, MIXED),
+        "instructional_fingerprint.adapter": Budget(shared, 300, 1e-2, 8, ADAPTER, MIXED),
         "quantization_watermark": Budget(shared, 150, 6e-4, 8, WATERMARK),
         "default": Budget(shared, 100, 5e-5, 8, training=MIXED),
     }
