@@ -106,16 +106,18 @@ class Processes:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def default_workers(device: str, threads: int | None, cores: int, gpus: int) -> int:
+def default_workers(device: str, threads: int | None, cores: int, gpus: int, room: int | None = None) -> int:
     """Workers of a world on one machine: one for each GPU, or as many as its threads fit the cores.
 
     Args:
         device: where the world computes. A single named GPU ("cuda:1") has one worker.
         threads: torch threads of a worker; None: all cores, so that one large model is held and not several.
+        room: as many as the memory holds, if that is known.
     """
     if device.startswith("cuda"):
         return max(1, gpus) if device == "cuda" else 1
-    return 1 if threads is None else max(1, cores // threads)
+    fitting = 1 if threads is None else cores // threads
+    return max(1, fitting if room is None else min(fitting, room))
 
 
 def visible_devices(count: int, setting: str | None) -> tuple[str, ...]:

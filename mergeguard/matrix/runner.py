@@ -22,6 +22,7 @@ from mergeguard.matrix.executors import EXECUTORS, Inline, Processes, default_wo
 from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results, format_coefficient
 from mergeguard.matrix.progress import in_words, remaining
 from mergeguard.matrix.recorded import Record, expected, problem_of, stale
+from mergeguard.worlds.memory import free_workers
 from mergeguard.worlds.registry import load_world
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def make_executor(name: str, world: World, workers: int | None) -> Executor:
 
         return RayTasks(workers, world.threads, world.device)
     devices = gpus() if world.device == "cuda" else ()
-    count = workers or default_workers(world.device, world.threads, available_cores(), len(devices))
+    count = workers or default_workers(
+        world.device, world.threads, available_cores(), len(devices), free_workers(world.worker_bytes)
+    )
     return Inline() if count == 1 else Processes(count, devices)
 
 

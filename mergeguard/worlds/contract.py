@@ -103,6 +103,7 @@ class World:
         budgets: training budgets by name ("quantization_watermark.full"); "default" serves any other scheme.
         digests: SHA-256 of each weights file.
         threads: torch threads per worker, fixed where verdicts must not depend on the machine's cores.
+        worker_bytes: memory of a worker on the CPU at its most, where several would not fit into every machine's.
         device: where models compute and merge, e.g. "cuda".
         dtype: torch's name of the dtype in which models are loaded and merged, one of `DTYPES`.
         form: how the parents came to be, where there is more than one way, e.g. "adapters as shipped".
@@ -119,6 +120,7 @@ class World:
     budgets: Mapping[str, Budget] = field(repr=False)
     digests: Mapping[str, str]
     threads: int | None = None
+    worker_bytes: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
     form: str = ""

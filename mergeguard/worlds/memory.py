@@ -296,3 +296,13 @@ def free_bytes(device: str) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ParameterError("this system does not say how much memory is free; give --free")
+
+
+def free_workers(worker_bytes: int | None) -> int | None:
+    """How many workers the free memory of this machine holds; None if that is not known."""
+    if worker_bytes is None:
+        return None
+    try:
+        return free_bytes("cpu") // worker_bytes
+    except ParameterError:
+        return None

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mergeguard.errors import MergeguardError
+from mergeguard.errors import MergeguardError, ParameterError
 from mergeguard.matrix import executors
 from mergeguard.matrix.executors import Inline, Processes, default_workers, device_of, visible_devices
+from mergeguard.worlds import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,3 +204,19 @@ def test_pinning_hides_the_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_default_workers(device: str, threads: int | None, cores: int, gpus: int, expected: int) -> None:
     assert default_workers(device, threads, cores, gpus) == expected
+
+
+@pytest.mark.parametrize(("room", "expected"), [(None, 8), (9, 8), (3, 3), (0, 1)])
+def test_memory_bounds_the_default_workers(room: int | None, expected: int) -> None:
+    assert default_workers("cpu", 2, 16, 0, room) == expected
+
+
+def test_a_machine_that_does_not_tell_its_memory_bounds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 25)
+    assert (memory.free_workers(10), memory.free_workers(None)) == (2, None)
+
+    def fail(_: str) -> int:
+        raise ParameterError("it does not say")
+
+    monkeypatch.setattr(memory, "free_bytes", fail)
+    assert memory.free_workers(10) is None

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DONOR = "math"
 FOLDERS = {UPSTREAM: CHAT, DONOR: MATH}
 SHIPPED = "low-rank adapters as shipped"
+WORKER_BYTES = 6 * 10**9
+"""Of a process that embeds, the most that one holds; measured on the fingerprint and the watermark."""
 MIXED = Training(precision="bfloat16")
 
 FINGERPRINT: dict[str, Value] = {
@@ -90,6 +92,7 @@ def load(upstreams: Path = DATA) -> World:
         budgets=budgets(shared),
         digests={"base": SHA256, **{name: file_digest(path) for name, path in files.items()}},
         threads=1,
+        worker_bytes=WORKER_BYTES,
         device="cuda" if torch.cuda.is_available() else "cpu",
         form=SHIPPED if upstreams == DATA else f"{_form(files[FOLDERS[UPSTREAM]])}, built here",
     )
