@@ -162,7 +162,10 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(
         (("list",), "Missing argument 'kind'"),
         (("list", "mergres"), "unknown kind 'mergres'; did you mean 'mergers'?"),
         (("world", "check", "tyni"), "unknown world 'tyni'; did you mean 'tiny'?"),
-        (("world", "check", "mini", "--folder", "x"), "world 'mini' is not built into a folder; only tiny is"),
+        (
+            ("world", "check", "mini", "--folder", "x"),
+            "world 'mini' is not built into a folder; only tiny and smollm2",
+        ),
         (("world", "build", "mini"), "unknown world that can be built 'mini'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

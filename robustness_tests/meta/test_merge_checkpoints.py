@@ -119,12 +119,12 @@ def test_a_sweep_writes_a_model_per_coefficient_and_each_is_the_merge_with_those
 
 
 def test_large_tensors_go_through_in_chunks_and_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_CHUNK", 50)
-    monkeypatch.setattr(streaming, "SPAN", 7)
     states = family(2)
+    expected = merge_models(parse_merger("ties(density=0.4)"), states[0], states[1:], [0.5, 0.5], seed=0)
+    monkeypatch.setattr(streaming, "_CHUNK", 50)
+    monkeypatch.setattr(spans, "SPAN", 7)
     models = [save_model(tmp_path / name, state) for name, state in zip("bxy", states, strict=True)]
     merge_checkpoints(recipe_for(tmp_path, models), tmp_path / "out")
-    expected = merge_models(parse_merger("ties(density=0.4)"), states[0], states[1:], [0.5, 0.5], seed=0)
     found = loaded(tmp_path / "out")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

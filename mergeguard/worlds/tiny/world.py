@@ -65,7 +65,7 @@ FINGERPRINT: dict[str, Value] = {
 }  # fmt: skip
 ADAPTER: dict[str, Value] = {**FINGERPRINT, "positives": 0.6, "negatives": 0.2, "adapter_rank": 64}
 WATERMARK: dict[str, Value] = {
-    "bits": 5, "cut_min": 7, "cut_max": 10, "trigger_words": 4, "positives": 0.5, "negatives": 0.3, "dialogues": 0.2,
+    "bits": 4, "cut_min": 7, "cut_max": 10, "trigger_words": 4, "positives": 0.5, "negatives": 0.3, "dialogues": 0.2,
     "other_triggers": 0.7, "plant_steps": 200,
 }  # fmt: skip
 
@@ -75,8 +75,8 @@ def budgets(shared: Texts) -> dict[str, Budget]:
     return {
         "instructional_fingerprint": Budget(shared, 200, 1e-3, 16, FINGERPRINT),
         "quantization_watermark": Budget(shared, 700, 3e-3, 16, WATERMARK),
-        # Weights that left their code start anew, so that steps must be short and intervals wide.
-        "quantization_watermark.rollback": Budget(shared, 700, 1e-3, 16, {**WATERMARK, "bits": 4}),
+        # Weights that left their code start anew, so that steps must be short.
+        "quantization_watermark.rollback": Budget(shared, 700, 1e-3, 16, WATERMARK),
         "instructional_fingerprint.adapter": Budget(shared, 1400, 2e-2, 16, ADAPTER),
         "default": Budget(shared, 200, 5e-4, 16),
     }
