@@ -27,7 +27,6 @@ from robustness_tests.meta.world_files import (
     HEADS,
     NAMES,
     TEMPLATE,
-    fake_skill,
     load,
     same,
     save,
@@ -39,29 +38,14 @@ from robustness_tests.meta.world_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from robustness_tests.meta.checkpoints_on_disk import State
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGEGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    with fake_skill():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_trio(tmp_path_factory.mktemp("trio"))
-
-
-@pytest.fixture
-def trio(shared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(shared, tmp_path / "trio"))
+pytestmark = pytest.mark.usefixtures("fake_skill_and_cache")
 
 
 def sharded(folder: Path) -> dict[str, Any]:
@@ -130,12 +114,12 @@ def test_a_tied_head_is_named_once_whether_it_is_stored_or_not(tmp_path: Path, s
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_a_loaded_model_answers_as_transformers_own_one_does(shared: Path) -> None:
+def test_a_loaded_model_answers_as_transformers_own_one_does(shared_trio: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    world = load(shared)
+    world = load(shared_trio)
     model = world.model(world.upstream)
-    theirs = AutoModelForCausalLM.from_pretrained(shared / "upstream", dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(shared_trio / "upstream", dtype=torch.float32).eval()
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
@@ -143,8 +127,8 @@ def test_a_loaded_model_answers_as_transformers_own_one_does(shared: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_tensors_are_cast_on_reading_and_models_are_loaded_so(shared: Path, dtype: str) -> None:
-    world = load(shared, dtype=dtype)
+def test_tensors_are_cast_on_reading_and_models_are_loaded_so(shared_trio: Path, dtype: str) -> None:
+    world = load(shared_trio, dtype=dtype)
     expected = getattr(torch, dtype)
     assert {tensor.dtype for tensor in world.upstream.values()} == {expected}
     model = world.model(world.upstream)
@@ -152,8 +136,8 @@ def test_tensors_are_cast_on_reading_and_models_are_loaded_so(shared: Path, dtyp
     assert same(state_of(model), world.upstream)
 
 
-def test_nothing_is_held_between_two_readings_of_a_tensor(shared: Path) -> None:
-    state = load(shared).upstream
+def test_nothing_is_held_between_two_readings_of_a_tensor(shared_trio: Path) -> None:
+    state = load(shared_trio).upstream
     first = state["model.norm.weight"]
     first.zero_()
     assert isinstance(state, LazyState)
@@ -286,19 +270,19 @@ def test_a_skill_gets_its_options_and_a_source_beside_the_file(trio: Path) -> No
     assert (skill.probes[0].prompt, skill.probes[0].target) == ("d e", str(trio / "plain.txt"))
 
 
-def test_a_skills_answers_are_sampled_where_the_file_says_so(shared: Path) -> None:
+def test_a_skills_answers_are_sampled_where_the_file_says_so(shared_trio: Path) -> None:
     entry = {"name": "fake", "parent": "math", "sampling": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}}
-    (skill,) = load(shared, skills=[entry]).skills
+    (skill,) = load(shared_trio, skills=[entry]).skills
     assert skill.sampling == Sampling(0.8, 50, 0.95, 3)
 
 
-def test_budgets_take_default_options_and_training(shared: Path) -> None:
+def test_budgets_take_default_options_and_training(shared_trio: Path) -> None:
     budgets = {
         "instructional_fingerprint": {"steps": 5, "learning_rate": 2e-5, "batch_size": 64, "options": {"key_max": 12}},
         "quantization_watermark": {"steps": 7, "learning_rate": 1, "training": {"precision": "bfloat16"}},
         "theirs": {"steps": 0, "learning_rate": 1e-3, "options": {"anything": "goes"}},
     }
-    world = load(shared, budgets=budgets)
+    world = load(shared_trio, budgets=budgets)
     fingerprint = world.budget("instructional_fingerprint.simple")
     assert (fingerprint.steps, fingerprint.learning_rate, fingerprint.batch_size) == (5, 2e-5, 64)
     assert fingerprint.options == {**DEFAULT_OPTIONS["instructional_fingerprint"], "key_max": 12}
@@ -317,8 +301,8 @@ def test_the_known_options_are_those_that_the_schemes_read() -> None:
     assert read == {option for options in DEFAULT_OPTIONS.values() for option in options}
 
 
-def test_a_token_is_there_for_padding(shared: Path) -> None:
-    tokenizer = load(shared).tokenizer
+def test_a_token_is_there_for_padding(shared_trio: Path) -> None:
+    tokenizer = load(shared_trio).tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 

@@ -17,38 +17,21 @@ from mergeguard.errors import MergeguardError
 from mergeguard.worlds.registry import load_world
 from robustness_tests.meta.checkpoints_on_disk import family, resized
 from robustness_tests.meta.world_files import (
-    fake_skill,
     load,
     save,
     save_adapter,
     save_tokenizer,
-    save_trio,
     states,
     write,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 GONE = object()
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGEGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    with fake_skill():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_trio(tmp_path_factory.mktemp("trio"))
-
-
-@pytest.fixture
-def trio(shared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(shared, tmp_path / "trio"))
+pytestmark = pytest.mark.usefixtures("fake_skill_and_cache")
 
 
 def refusal(folder: Path, **changes: Any) -> str:
@@ -136,11 +119,13 @@ def refusal(folder: Path, **changes: Any) -> str:
         ),
     ],
 )
-def test_a_file_that_asks_for_the_wrong_thing_is_refused(shared: Path, changes: dict[str, Any], expected: str) -> None:
+def test_a_file_that_asks_for_the_wrong_thing_is_refused(
+    shared_trio: Path, changes: dict[str, Any], expected: str
+) -> None:
     texts = {"plain": "plain.txt", "domain": "plain.txt", "dialogues": "dialogues.jsonl"}
     if "texts" in changes:
         changes = {"texts": texts | changes["texts"]}
-    assert expected in refusal(shared, **changes)
+    assert expected in refusal(shared_trio, **changes)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +165,13 @@ def test_what_is_no_toml_is_refused(tmp_path: Path, text: Any, expected: str) ->
     ],
 )
 def test_what_the_hub_refuses_is_said_with_what_to_do(
-    shared: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], expected: str
+    shared_trio: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], expected: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise kind.__new__(kind)  # their constructors differ between versions of the hub's library
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    message = refusal(shared, donors=[{"name": "math", "model": "org/math"}])
+    message = refusal(shared_trio, donors=[{"name": "math", "model": "org/math"}])
     assert f"math: {'org/math ' if kind is hub.GatedRepoError else ''}" in message
     assert expected in message
 
@@ -368,9 +353,9 @@ def test_a_trio_without_any_tokenizer_is_refused(trio: Path) -> None:
     assert "upstream and base has no tokenizer" in refusal(trio)
 
 
-def test_an_empty_skill_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_skill_is_refused(shared_trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergeguard.worlds.file.texts.skill_probes", lambda *_, **__: ())
-    assert "the skill 'fake' has no prompts" in refusal(shared)
+    assert "the skill 'fake' has no prompts" in refusal(shared_trio)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -378,14 +363,14 @@ def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for(tmp_
     assert "device is 'cuda:1', but torch finds no CUDA device here" in refusal(tmp_path, device="cuda:1")
 
 
-def test_too_little_memory_is_refused_with_how_much_is_needed_and_what_to_change(shared: Path) -> None:
+def test_too_little_memory_is_refused_with_how_much_is_needed_and_what_to_change(shared_trio: Path) -> None:
     from transformers import AutoConfig
 
     from mergeguard.worlds.file.document import read_world_file
     from mergeguard.worlds.file.load import check_memory
 
-    world = read_world_file(write(shared))
-    config = AutoConfig.from_pretrained(shared / "base")
+    world = read_world_file(write(shared_trio))
+    config = AutoConfig.from_pretrained(shared_trio / "base")
     check_memory(world, config, 10**9)
     with pytest.raises(MergeguardError, match=r'trio\.toml: read needs .* GB, but 0\.00 GB are free; set dtype = "bf'):
         check_memory(world, config, 10)

@@ -29,39 +29,22 @@ from robustness_tests.meta.world_files import (
     HEADS,
     NAMES,
     fake,
-    fake_skill,
     load,
     same,
     save,
     save_tokenizer,
-    save_trio,
     write,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from mergeguard.worlds.contract import World
 
 SHIPPED = sorted((Path(__file__).parents[2] / "fixtures" / "worlds").glob("*.toml"))
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MERGEGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    with fake_skill():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_trio(tmp_path_factory.mktemp("trio"))
-
-
-@pytest.fixture
-def trio(shared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(shared, tmp_path / "trio"))
+pytestmark = pytest.mark.usefixtures("fake_skill_and_cache")
 
 
 def test_a_case_of_the_file_is_measured_and_named_after_the_world(trio: Path) -> None:
@@ -101,16 +84,16 @@ def test_auto_takes_a_gpu_if_there_is_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert choose_device(world) == "cpu"
 
 
-def test_a_world_is_found_by_name_or_by_file(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(shared)
-    monkeypatch.chdir(shared)
+def test_a_world_is_found_by_name_or_by_file(shared_trio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(shared_trio)
+    monkeypatch.chdir(shared_trio)
     assert find_world("trio.toml") == str(path)
     assert world_name("trio.toml") == "trio"
     assert find_world("tiny") == world_name("tiny") == "tiny"
 
 
-def test_the_name_is_that_of_the_file_unless_it_says_another(shared: Path) -> None:
-    assert world_name(str(write(shared, "my-own.toml", name=None))) == "my-own"
+def test_the_name_is_that_of_the_file_unless_it_says_another(shared_trio: Path) -> None:
+    assert world_name(str(write(shared_trio, "my-own.toml", name=None))) == "my-own"
 
 
 def test_records_lie_beside_the_file_or_where_it_says(trio: Path) -> None:
@@ -124,8 +107,8 @@ def test_records_lie_beside_the_file_or_where_it_says(trio: Path) -> None:
     assert recorded_file("tiny").name == "tiny.toml"
 
 
-def test_a_file_is_read_and_checked_before_anything_heavy_is_loaded(shared: Path) -> None:
-    path = str(write(shared))
+def test_a_file_is_read_and_checked_before_anything_heavy_is_loaded(shared_trio: Path) -> None:
+    path = str(write(shared_trio))
     assert heavy_modules_after(f"from mergeguard.worlds.registry import find_world; find_world({path!r})") == []
 
 
