@@ -6,10 +6,10 @@ ones nothing is held, and a tensor is read and prepared when it is asked for, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergeguard.checkpoints.lazy import LazyTensors
 from mergeguard.errors import CheckpointError, IncompatibleModelsError, ParameterError
 from mergeguard.mergers.contract import WHOLE, part
 from mergeguard.mergers.spans import is_finite, span_length, spans
@@ -17,7 +17,7 @@ from mergeguard.mergers.sparsify import seeded_generator
 from mergeguard.mergers.weights import check_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -85,7 +85,7 @@ class Sweep:
         check_weights(weights, self._models)
         weights = list(weights)
         if not self._joined:
-            return _Merged(self._names, lambda name: self._merge(name, weights))
+            return LazyTensors(self._names, lambda name: self._merge(name, weights))
         joined = _split(self._merge(_WHOLE_MODEL, weights), self._joined)
         return {name: joined[name] if name in joined else self._merge(name, weights) for name in self._names}
 
@@ -102,27 +102,6 @@ class Sweep:
                 f"merging {name or 'the model'!r} overflows {merged.dtype}; convert the models to float32 first"
             )
         return merged
-
-
-class _Merged(Mapping[str, "Tensor"]):
-    """A merged model whose tensors are merged when they are asked for."""
-
-    def __init__(self, names: tuple[str, ...], merge: Callable[[str], Tensor]) -> None:
-        self._names, self._merge = dict.fromkeys(names), merge
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._merge(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def combine(

@@ -9,11 +9,12 @@ any to learn the names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from mergeguard.checkpoints.lazy import LazyTensors
 from mergeguard.errors import IncompatibleModelsError, ParameterError
 from mergeguard.worlds.contract import state_of
 
@@ -91,40 +92,19 @@ def load_state(model: PreTrainedModel, state: State) -> None:
             del tensor  # before the next one is computed
 
 
-class Overlay(Mapping[str, "Tensor"]):
+class Overlay(LazyTensors):
     """`below` with some of its tensors replaced; the others are taken from it when they are asked for."""
 
     def __init__(self, below: State, replaced: State) -> None:
-        self._below, self._replaced = below, replaced
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._replaced[name] if name in self._replaced else self._below[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._below
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._below)
-
-    def __len__(self) -> int:
-        return len(self._below)
+        super().__init__(below, lambda name: replaced[name] if name in replaced else below[name])
 
 
-class Placed(Mapping[str, "Tensor"]):
+class Placed(LazyTensors):
     """`state` on a device, its floating tensors in a dtype; each tensor is taken there when it is asked for."""
 
     def __init__(self, state: State, device: str, dtype: torch.dtype) -> None:
-        self._state, self._device, self._dtype = state, device, dtype
+        def place(name: str) -> Tensor:
+            tensor = state[name]
+            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._state[name]
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._state
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
+        super().__init__(state, place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,14 @@ import torch
 from mergeguard.checkpoints.digests import digest_files
 from mergeguard.checkpoints.files import write_bytes
 from mergeguard.checkpoints.inputs import file_stamp, read_json
+from mergeguard.checkpoints.lazy import LazyTensors
 from mergeguard.checkpoints.source import Source, open_source
 from mergeguard.errors import CheckpointError
 from mergeguard.machine import available_cores, cache_folder
 from mergeguard.worlds.file.locate import interrupted, is_adapter, locate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -81,7 +81,7 @@ def _open(world: WorldFile, entry: ModelEntry, opened: ExitStack) -> Opened:
     return Opened(entry.label, source, folders, adapter is not None)
 
 
-class LazyState(Mapping[str, "Tensor"]):
+class LazyState(LazyTensors):
     """A model's tensors, each storage under one name, read from its files whenever one is asked for.
 
     Every access gives a tensor of its own, on the CPU, so that nothing is held between them.
@@ -102,12 +102,11 @@ class LazyState(Mapping[str, "Tensor"]):
         rows: Mapping[str, int],
         fill: Source | None = None,
     ) -> None:
-        self._source, self._names, self._dtype = source, dict.fromkeys(names), dtype
+        super().__init__(names, self._read)
+        self._source, self._dtype = source, dtype
         self._rows, self._fill = rows, fill
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
+    def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
         rows = self._rows.get(name, len(tensor) if tensor.dim() else 0)
         if self._fill is not None and tensor.dim() and len(tensor) < rows:
@@ -115,15 +114,6 @@ class LazyState(Mapping[str, "Tensor"]):
         if tensor.dim() and len(tensor) > rows:
             tensor = tensor[:rows]
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def digests_of(models: Sequence[Opened]) -> dict[str, str]:
