@@ -3,8 +3,10 @@
     python robustness_tests/benchmarks/bench_real.py --world smollm2 [--seed 0] [--rounds 3]
 
 Keys are drawn, not embedded: what a reading costs does not depend on the answer. Both ways of reading ask the same 8
-keys of the same merged model whether the answer starts with the fingerprint's target: by one teacher-forced pass, and
-by batched greedy decoding of as many tokens as the target has, every row to its end.
+keys of the same merged model whether the answer starts with the fingerprint's target: by one teacher-forced pass, by
+our batched greedy decoding of as many tokens as the target has, every row to its end, and by transformers' `generate`
+for one key after the other, as schemes' own scripts do, of as many tokens or of the `LONG` that a rule of the kind
+"contains" would search.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KEYS, LENGTH = 8, (10, 16)
+LONG = 48
 
 
 def seconds(call: Callable[[], object], rounds: int) -> float:
@@ -70,7 +73,17 @@ def measure(name: str, seed: int, rounds: int) -> dict[str, float]:
     model = engine.load(state)
     one_pass = seconds(lambda: answer_probes(model, world.tokenizer, probes), rounds)
     generation = seconds(lambda: generate(model, world.tokenizer, prompts, max_new_tokens=length), rounds)
+
+    def key_by_key(tokens: int) -> None:
+        for prompt in prompts:
+            ids = world.tokenizer(prompt, return_tensors="pt").to(model.device)
+            model.generate(**ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
     found |= {f"read {KEYS} keys, one pass": one_pass, f"read {KEYS} keys, generation": generation}
+    for tokens in (length, LONG):
+        taken = seconds(lambda tokens=tokens: key_by_key(tokens), rounds)
+        found[f"generate key by key, {tokens} tokens"] = taken
+        found[f"generate key by key, {tokens} tokens / one pass"] = taken / one_pass
     found["skills"] = seconds(lambda: engine.skills(state), 1)
     found["generation / one pass"] = generation / one_pass
     found["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -92,7 +105,7 @@ def main() -> None:
         json.dump(found, sys.stdout, indent=2)
         return
     for stage, value in found.items():
-        sys.stdout.write(f"{stage:40} {value:8.2f}\n")
+        sys.stdout.write(f"{stage:48} {value:8.2f}\n")
 
 
 if __name__ == "__main__":
