@@ -61,6 +61,10 @@ def judge(
 ) -> Judgement:
     """The verdict on a merged model.
 
+    A control that tells the evidence's own keys from unseen ones holds what is looked for, whatever the counts: 8 keys
+    that all answer on it would be lost among its 40 silent decoys, and 8 of 8 on the merged model would beat them. What
+    is read on the merge then says nothing of ownership, and p is 1.
+
     Args:
         merged: readings on the merged model.
         controls: readings on the base, the clean upstream, each donor and the matched control.
@@ -72,21 +76,30 @@ def judge(
     if not controls:
         raise UndecidableError("without a control no reading says anything")
     if merged.keys.hits:
-        return _judge_counts(merged, {name: pair.counts() for name, pair in controls.items()})
+        return _judge_counts(merged, controls)
     return _judge_score(merged, controls, null_scores)
 
 
-def _judge_counts(merged: PairOfReadings, controls: Mapping[str, Counts]) -> Judgement:
-    trials = merged.keys.trials
-    smallest = min(_trials(counts) for counts in controls.values())
+def stands_out(control: PairOfReadings) -> bool:
+    """Whether a control, which holds no evidence, tells the evidence's keys from unseen ones.
+
+    Counts only: a score is held against its own null.
+    """
+    keys, decoys = control.keys, control.decoys
+    return fisher_greater(keys.count, keys.trials, decoys.count, decoys.trials) <= SPECIFIC_LEVEL
+
+
+def _judge_counts(merged: PairOfReadings, controls: Mapping[str, PairOfReadings]) -> Judgement:
+    trials, together = merged.keys.trials, [pair.counts() for pair in controls.values()]
+    smallest = min(map(_trials, together))
     if not can_reach(LEVEL, trials, smallest):
         enough = smallest_deciding_trials(LEVEL, max(0, smallest - trials), per_key_null=1)
         raise UndecidableError(
             f"{trials} trials against {smallest} of a control cannot reach the level {LEVEL:g}; {enough} trials would"
         )
-    p_value = max(
-        fisher_greater(merged.keys.count, trials, counts.hits or 0, _trials(counts)) for counts in controls.values()
-    )
+    p_value = max(fisher_greater(merged.keys.count, trials, counts.hits or 0, _trials(counts)) for counts in together)
+    if any(map(stands_out, controls.values())):
+        p_value = 1.0
     decoy_p_value = fisher_greater(merged.keys.count, trials, merged.decoys.count, merged.decoys.trials)
     return _conclude(p_value, LEVEL, decoy_p_value)
 

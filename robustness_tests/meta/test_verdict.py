@@ -87,6 +87,15 @@ def test_evidence_keys_and_decoys_of_a_control_count_together() -> None:
     assert scored(2.5, 0.01).counts() == Counts(score=2.5, p_value=0.01)
 
 
+@pytest.mark.parametrize("name", SILENT_NAMES)
+def test_a_control_that_tells_the_keys_from_unseen_ones_denies_the_claim(name: str) -> None:
+    """Its 8 hits of 48 alone would not: Fisher's p is 9e-6."""
+    assert fisher_by_hand(8, 8, 8, 48) < verdict.LEVEL
+    judgement = judge(pair(8), silent(**{name: pair(8)}))
+    assert (judgement.verdict, judgement.p_value) == (LOST, 1.0)
+    assert judge(pair(8), silent(**{name: pair(2)})).verdict == SURVIVED
+
+
 def test_without_a_control_nothing_is_decided() -> None:
     with pytest.raises(UndecidableError, match="without a control"):
         judge(pair(8), {})
