@@ -6,29 +6,24 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from mergeguard import __version__
+from mergeguard.commands.claim import claim
 from mergeguard.commands.compare import compare
+from mergeguard.commands.embed import embed
+from mergeguard.commands.gate import gate
+from mergeguard.commands.progress import progress as _progress
 from mergeguard.commands.report import report
 from mergeguard.commands.skills import skills
+from mergeguard.commands.verify import verify
 from mergeguard.commands.world_plan import plan
 from mergeguard.errors import MergeguardError, ParameterError, UnknownNameError
 
@@ -39,8 +34,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 world_app = typer.Typer(no_args_is_help=True, help="Build or check a world of models.")
 app.add_typer(world_app, name="world")
 app.command()(compare)
+app.command()(gate)
 app.command()(report)
 app.command()(skills)
+app.command()(claim)
+app.command()(embed)
+app.command()(verify)
 world_app.command()(plan)
 KINDS = ("protections", "mergers", "worlds", "skills")
 INTERNAL_ERROR = 70
@@ -348,33 +347,6 @@ def _first_line(item: object) -> str:
 
 def _written(parameters: dict[str, bool | int | float | str], show: Callable[..., str]) -> str:
     return ", ".join(f"{name}={show(value)}" for name, value in parameters.items())
-
-
-class _TimeLeft(TimeRemainingColumn):
-    """The time left in the words of whoever knows better, else by the pace so far."""
-
-    def render(self, task: Task) -> Text:
-        words: str | None = task.fields.get("left")
-        return super().render(task) if words is None else Text(words, style="progress.remaining")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr with the time left; silent where stderr is no terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        _TimeLeft(),
-    )
-    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def step(label: str, done: int, total: int, left: str | None = None) -> None:
-            progress.update(task, description=label[:60], completed=done, total=total, left=left)
-
-        yield step
 
 
 if __name__ == "__main__":

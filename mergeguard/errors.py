@@ -5,10 +5,13 @@ MergeguardError                 something is wrong with an input; one clear line
 ├── ParameterError              an option or parameter out of its domain
 ├── CheckpointError             a file or tensor that cannot be used
 ├── IncompatibleModelsError     models whose tensors differ in name, shape or dtype
-└── UndecidableError            too few trials to reach the level at all
+├── UndecidableError            too few trials to reach the level at all
+└── ServedModelError            an endpoint that gives no usable answer
 EvidenceLost (AssertionError)   a theft from which the evidence did not survive
 GateFailed (AssertionError)     any other broken promise: a gate before merging, a stale or wrong record
-SchemeError                     a protection crashed or broke its contract
+SchemeError                     a protection crashed, took too long or broke its contract
+└── ContractError               it broke its contract: a type, a NaN, evidence that is not plain data
+InvalidReading (ValueError)     a reading that cannot be: hits that are no bools, a score that is NaN
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class UndecidableError(MergeguardError):
     """A measurement with too few trials to reach the level, whatever it finds."""
 
 
+class ServedModelError(MergeguardError):
+    """An endpoint that refuses, fails or answers with something else than a model's text. Never a reading."""
+
+
 class EvidenceLost(AssertionError):
     """A theft from which the evidence did not survive (verdict `lost` or `overclaims`)."""
 
@@ -65,3 +72,11 @@ class GateFailed(AssertionError):
 
 class SchemeError(Exception):
     """A protection crashed or broke its contract. Always red: never a verdict, never an expected loss."""
+
+
+class ContractError(SchemeError):
+    """A protection returned what its contract does not allow. Bad input for a gate, which then has no verdict."""
+
+
+class InvalidReading(ValueError, TypeError):
+    """A reading that cannot be: neither hits nor a score, hits that are no bools, a NaN, a p-value above 1."""

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import pytest
 
@@ -19,17 +19,22 @@ from mergeguard import __version__
 from mergeguard.errors import EvidenceLost, MergeguardError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import ModuleType
 
-    from mergeguard.matrix.outcome import Results
+    from mergeguard.matrix.outcome import Outcome, Results
     from mergeguard.matrix.recorded import Record
     from mergeguard.matrix.selection import Matrix, Selection
+    from mergeguard.testing.cases import GateCase
 
 OUTCOME, GATE, PLANTED = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
 WORLD = "mergeguard_world"
+CASES = "mergeguard_cases"
+"""The mark of tests that `mergeguard.testing.parametrize_with_cases` decorates."""
 NO_GPU = "tests marked gpu are selected, and there is no CUDA device; deselect them"
 CASE_FIXTURES = ("protection", "merger", "coefficient")
 MARKERS = {
+    "mergeguard_cases(scheme, options)": "made by mergeguard.testing.parametrize_with_cases",
     "gpu": "needs a CUDA device; without one, selecting it is an error",
     "real": "runs on a real language model",
     "slow": "takes minutes",
@@ -46,8 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--coefficient", action="append", help="weights of the protected model, e.g. 0.1,0.5; repeatable")
     group.addoption("--axes", help="vary parameters of the mergers that have a density: normalize,density")
     group.addoption("--world", help="the world of models, a name or a .toml file (default: tiny; real, gpu: smollm2)")
-    group.addoption("--seed", dest="mergeguard_seed", type=int, default=0, help="seed of keys, training and masks")
-    group.addoption("--mergeguard-output", metavar="DIR", help="write results.json, report.md and junit.xml here")
+    group.addoption("--seed", dest="mergeguard_seed", type=int, help="seed of keys, training and masks")
+    group.addoption("--mergeguard-output", metavar="DIR", help="write the reports here: results.json, report.html, ...")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,7 +86,7 @@ def selection(config: pytest.Config, matrix: Matrix | None = None) -> Selection:
             mergers=config.getoption("merger") or (),
             coefficients=config.getoption("coefficient") or (),
             axes=config.getoption("axes"),
-            seed=config.getoption("mergeguard_seed"),
+            seed=config.getoption("mergeguard_seed") or 0,
         )
         try:
             chosen[matrix] = select(matrix, options)
@@ -118,6 +123,11 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     from mergeguard.matrix.selection import Matrix, costs
 
     lines = []
+    gates = {id(case.plan): case.plan for item in items if (case := _gate_case(item))}
+    for plan in gates.values():
+        known, cells = len(plan.records), len(plan.cases)
+        where = f"world {plan.options.world}, seed {plan.options.seed}"
+        lines.append(f"mergeguard: gate of {plan.protection}: {where}, {cells} cells, {known} recorded losses")
     for matrix in dict.fromkeys(matrix_of(item.module) for item in items if _measures(item)):
         if matrix != Matrix():
             chosen = selection(config, matrix)
@@ -127,6 +137,9 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if mark := metafunc.definition.get_closest_marker(CASES):
+        _parametrize_with_gate(metafunc, mark)
+        return
     asked = set(metafunc.fixturenames) - _parametrized_by_itself(metafunc)
     if asked.issuperset(CASE_FIXTURES):
         chosen = selection(metafunc.config, matrix_of(metafunc.module))
@@ -153,6 +166,51 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
 
 
+def _parametrize_with_gate(metafunc: pytest.Metafunc, mark: pytest.Mark) -> None:
+    """The cases of a third party's gate, which options narrow or move."""
+    from mergeguard.testing.cases import gate_cases
+    from mergeguard.testing.plan import moved, plan
+
+    if "case" not in metafunc.fixturenames:
+        raise pytest.UsageError(f"mergeguard: {metafunc.definition.nodeid} has to take the argument `case`")
+    scheme, written = mark.args
+    option = metafunc.config.getoption
+    try:
+        options, narrowed = moved(
+            written,
+            world=option("world"),
+            seed=option("mergeguard_seed"),
+            mergers=option("merger"),
+            coefficients=option("coefficient"),
+            axes=option("axes"),
+        )
+        found = plan(scheme, options, narrowed=narrowed)
+    except MergeguardError as error:
+        raise pytest.UsageError(f"mergeguard: {error}") from error
+    metafunc.parametrize(
+        "case", [pytest.param(case, id=case.id, marks=_marks(case.record)) for case in gate_cases(found)]
+    )
+
+
+def _gate_case(item: pytest.Item) -> GateCase | None:
+    """The case of a third party's gate that a test runs, if it is one."""
+    if item.get_closest_marker(CASES) is None or not isinstance(item, pytest.Function):
+        return None
+    found: Any = item.callspec.params["case"]
+    return cast("GateCase", found)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """What a case of a gate measured goes into the test's report, also if the test fails by it."""
+    case = _gate_case(item)
+    try:
+        return (yield)
+    finally:
+        if case is not None:
+            item.user_properties += case.properties
+
+
 def _parametrized_by_itself(metafunc: pytest.Metafunc) -> set[str]:
     """Names that the test gives values of its own."""
     names: set[str] = set()
@@ -176,7 +234,9 @@ def _measures(item: pytest.Item) -> TypeGuard[pytest.Function]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that measure say in which world in their reports, whatever they fail by and in whichever process."""
     for item in items:
-        if _measures(item):
+        if case := _gate_case(item):
+            item.user_properties.append((WORLD, case.world))
+        elif _measures(item):
             item.user_properties.append((WORLD, selection(config, matrix_of(item.module)).world))
 
 
@@ -212,6 +272,19 @@ def _lacks_gpu(item: pytest.Item) -> bool:
     return not torch.cuda.is_available()
 
 
+def _readable(name: str, value: str) -> dict[str, str]:
+    """What CI services show of a property: short texts in the place of JSON."""
+    if name not in (OUTCOME, GATE, PLANTED):
+        return {name: value}
+    from mergeguard.matrix.outcome import Gate, Outcome, Planted
+    from mergeguard.reports import properties
+
+    part = json.loads(value)
+    if name == OUTCOME:
+        return properties.outcome_properties(Outcome.from_json(part))
+    return properties.gate_properties(Gate(**part)) if name == GATE else properties.planted_properties(Planted(**part))
+
+
 class Collector:
     """Gathers what the tests report, from every xdist worker, and shows it at the end, a matrix for each world."""
 
@@ -227,12 +300,15 @@ class Collector:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.session = session
 
+    @pytest.hookimpl(tryfirst=True)  # before JUnit's reporter, which shows the properties that are left
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = [(name, str(value)) for name, value in report.user_properties]
         world = dict(properties).get(WORLD)
         if report.when == "call" and world is not None:
             parts = [(name, value) for name, value in properties if name in (OUTCOME, GATE, PLANTED)]
             self.reported[world].update(dict.fromkeys(parts))
+        shown = (pair for name, value in properties for pair in _readable(name, value).items())
+        report.user_properties[:] = list(dict(shown).items())
         # A worker that dies leaves no properties.
         if report.failed and (world is not None or "test_evidence_survives" in report.nodeid):
             self.problems.append((world, f"{report.nodeid.rpartition('::')[2]} failed"))
@@ -282,16 +358,23 @@ class Collector:
         """The run's results in each world, as far as tests reported parts of them."""
         return [found for world, parts in self.reported.items() if (found := self._results(world, list(parts)))]
 
+    def _position(self, outcome: Outcome) -> tuple[int, str, int, str, float]:
+        """As cases are collected; workers of xdist report in any order."""
+        from mergeguard.mergers.registry import DEFAULT_MERGERS
+
+        cases = [case.id for case in selection(self.config).cases]
+        position = cases.index(outcome.id) if outcome.id in cases else len(cases)
+        spec, alpha = outcome.merger_spec, outcome.coefficient
+        row = DEFAULT_MERGERS.index(spec) if spec in DEFAULT_MERGERS else len(DEFAULT_MERGERS)
+        return position, outcome.protection_spec, row, spec, -1.0 if alpha is None else alpha
+
     def _results(self, name: str, reported: list[tuple[str, str]]) -> Results | None:
         from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results
 
         def parts(kind: str) -> list[dict[str, Any]]:
             return [json.loads(value) for found, value in reported if found == kind]
 
-        order = {case.id: position for position, case in enumerate(selection(self.config).cases)}
-        outcomes = sorted(
-            (Outcome.from_json(data) for data in parts(OUTCOME)), key=lambda o: order.get(o.id, len(order))
-        )
+        outcomes = sorted(map(Outcome.from_json, parts(OUTCOME)), key=self._position)
         if not outcomes:
             return None
         from mergeguard.matrix.runner import describe_world, environment, matched_controls

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mergeguard.errors import ParameterError
+from mergeguard.errors import InvalidReading, ParameterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,6 +92,9 @@ class Reading:
         score: the statistic of schemes that do not count, else None.
         p_value: one-sided p-value of `score` under the scheme's own exact null, else None.
         details: further numbers worth reporting, e.g. the rate in each precision.
+
+    Raises:
+        InvalidReading: hits or numbers that no measurement gives.
     """
 
     hits: tuple[bool, ...] = ()
@@ -102,13 +105,13 @@ class Reading:
     def __post_init__(self) -> None:
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
         if bool(self.hits) == (self.score is not None):
-            raise ValueError("a reading has either hits or a score")
+            raise InvalidReading("a reading has either hits or a score")
         if not all(type(hit) is bool for hit in self.hits):
-            raise TypeError("hits must be bools, one per trial")
+            raise InvalidReading("hits must be bools, one per trial")
         if self.score is not None and not math.isfinite(self.score):
-            raise ValueError(f"a score must be finite, got {self.score}")
+            raise InvalidReading(f"a score must be finite, got {self.score}")
         if self.p_value is not None and not 0 <= self.p_value <= 1:
-            raise ValueError(f"a p-value must lie in [0, 1], got {self.p_value}")
+            raise InvalidReading(f"a p-value must lie in [0, 1], got {self.p_value}")
 
     @property
     def trials(self) -> int:

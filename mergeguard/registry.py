@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mergeguard.errors import MergeguardError, UnknownNameError
@@ -41,6 +42,11 @@ class Registry(Generic[T]):
         self._loaded[name] = item
         self._targets[name] = ""
 
+    def offer(self, name: str, target: str) -> None:
+        """Let `name` stand for `module:attribute` unless it is known: how a worker learns what its parent runs."""
+        if name not in self:
+            self._targets[name] = target
+
     def unregister(self, name: str) -> None:
         """Remove a name that `register` added."""
         del self._loaded[name], self._targets[name]
@@ -70,20 +76,25 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
+        found: dict[str, str | EntryPoint] = {}
         for point in entry_points(group=self.group):
-            if point.name in self._targets:
+            if point.name in self._targets or point.name in found:
                 source = point.dist.name if point.dist else point.value
-                raise MergeguardError(f"two {self.kind}s are named {point.name!r}, one of them from {source}")
-            self._targets[point.name] = point
+                raise MergeguardError(
+                    f"two {self.kind}s are named {point.name!r}, one of them from {source}; "
+                    "uninstall one or rename its entry point"
+                )
+            found[point.name] = point
+        self._targets.update(found)
+        self._discovered = True  # only now: an error is one for every later call too
 
     def _load(self, name: str, target: str | EntryPoint) -> Any:
         try:
             if isinstance(target, EntryPoint):
                 return target.load()
             module, _, attribute = target.partition(":")
-            return getattr(import_module(module), attribute)
+            return attrgetter(attribute)(import_module(module))
         except MergeguardError:
             raise
-        except Exception as error:  # an entry point may fail in any way; none may vanish from a gate in silence
+        except (Exception, SystemExit) as error:  # it may fail in any way; none may vanish from a gate in silence
             raise MergeguardError(f"{self.kind} {name!r} failed to load: {type(error).__name__}: {error}") from error

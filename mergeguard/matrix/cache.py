@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergeguard")
 _ADVICE = f"set {CACHE_VARIABLE} to a folder that can be written"
-# What decides no measurement: the doors and the reports.
-_NOT_MEASURING = ("cli.py", "commands", "pytest_plugin.py", "reports")
+# What decides no measurement that is kept: what stands below the matrix, and the doors.
+_NOT_MEASURING = ("cli.py", "commands", "ownership", "pytest_plugin.py", "reports", "testing")
 
 
 @memoised

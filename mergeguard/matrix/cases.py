@@ -117,6 +117,24 @@ def expand(
         if scheme.name not in PROTECTIONS:
             raise UnknownNameError("protection", scheme.name, PROTECTIONS)
     _check_distinct("protection", schemes)
+    return cells(schemes, attacks, alphas, world=world, seed=seed)
+
+
+def cells(
+    schemes: Iterable[Spec],
+    mergers: Iterable[str | Merger],
+    coefficients: Sequence[float],
+    *,
+    world: str,
+    seed: int,
+) -> tuple[Case, ...]:
+    """`expand` for schemes that need not be registered.
+
+    Raises:
+        UnknownNameError, ParameterError: as `expand`, but for what concerns protections.
+    """
+    alphas = check_coefficients(list(coefficients))
+    attacks = [parse_merger(item) if isinstance(item, str) else item for item in mergers]
     _check_distinct("merger", attacks)  # equal with all parameters, however they are written
     return tuple(
         Case(scheme, attack, alpha, world, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,9 +12,10 @@ import torch
 
 from mergeguard.errors import MergeguardError, SchemeError
 from mergeguard.matrix.cache import Cache
+from mergeguard.matrix.embedding import embed
 from mergeguard.matrix.entries import pair_from_json, pair_to_json, skills_from_json, skills_to_json
 from mergeguard.matrix.outcome import Outcome, Skill
-from mergeguard.matrix.schemes import changed_tensors, contents, guard, is_ours, require
+from mergeguard.matrix.schemes import check_evidence, checked_reading, contents, guard, is_ours, require
 from mergeguard.matrix.verdict import (
     DECOYS,
     NULL_DRAWS,
@@ -26,9 +26,8 @@ from mergeguard.matrix.verdict import (
 )
 from mergeguard.mergers.model import Sweep, prepare_sweep
 from mergeguard.mergers.weights import coefficient_weights
-from mergeguard.protections.contract import Evidence, Protected, Protection
+from mergeguard.protections.contract import Evidence, Protection
 from mergeguard.protections.registry import make_protection
-from mergeguard.reading import Reading
 from mergeguard.seeds import derived_rng
 from mergeguard.specs import Spec
 from mergeguard.verification.answers import answer_probes
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
     from mergeguard.matrix.cases import Case
     from mergeguard.mergers.contract import Merger
+    from mergeguard.reading import Reading
 
 MATCHED_CONTROL = "matched_control"
 REFERENCES = ("base", UPSTREAM)
@@ -114,7 +114,8 @@ class Engine:
         return {name: self._placed(state) for name, state in {"base": self.world.base, **self.world.parents()}.items()}
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def threads(self) -> Iterator[None]:
+        """Within it torch computes on as many threads as the world says."""
         before = torch.get_num_threads()
         if self.world.threads is not None:
             torch.set_num_threads(self.world.threads)
@@ -147,34 +148,25 @@ class Engine:
         """
         protection = make_protection(spec) if isinstance(spec, Spec) else spec
         name = str(protection)
-        if name not in self._embedded:
-            with self._threads():
-                self._embedded[name] = self._embed(protection)
-        return self._embedded[name]
+        found = self._embedded.get(name)
+        if found is None or type(found.protection) is not type(protection):  # two classes may have one name
+            self._sweep.cache_clear()
+            with self.threads():
+                found = self._embedded[name] = self._embed(protection)
+        return found
 
     def _embed(self, protection: Protection) -> Embedded:
         budget = self.world.budget(protection.budget_name)
         key = self._protection_key(protection)
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            rng = derived_rng(self.seed, "embed", str(protection))
             self._forget_models()  # an embedding takes several times the memory of a model
             check_embedding(self.world, protection.budget_name, budget)
-            clean = self.world.model(self.world.upstream)
-            protected = guard(
-                protection, "embed", lambda: protection.embed(clean, self.world.tokenizer, rng=rng, budget=budget)
-            )
-            require(protection, "embed", protected, Protected)
-            upstream = Placed(self.world.upstream, self.world.device, self.world.torch_dtype)
-            changed = {
-                f"model.{name}": tensor
-                for name, tensor in changed_tensors(protection, protected.model, upstream).items()
-            }
-            evidence = {
-                f"evidence.{name}": tensor.detach().cpu() for name, tensor in protected.evidence.tensors.items()
-            }
-            data = {"evidence": dict(protected.evidence.data), "details": dict(protected.details)}
-            guard(protection, "embed", lambda: json.dumps(data))  # evidence is plain data, or no evidence file
+            rng = derived_rng(self.seed, "embed", str(protection))
+            made = embed(self.world, protection, self.world.upstream, rng)
+            changed = {f"model.{name}": tensor for name, tensor in made.changed.items()}
+            evidence = {f"evidence.{name}": tensor for name, tensor in made.evidence.tensors.items()}
+            data = {"evidence": dict(made.evidence.data), "details": dict(made.protected.details)}
             return {**changed, **evidence}, data
 
         tensors, data = self.cache.tensors("embedded", key, make) if is_ours(type(protection)) else make()
@@ -186,6 +178,7 @@ class Engine:
             lambda: protection.decoys(evidence, DECOYS, derived_rng(self.seed, "decoys", str(protection))),
         )
         require(protection, "decoys", decoys, Evidence)
+        check_evidence(protection, "decoys", decoys)
 
         def read_all() -> dict[str, Any]:
             models = {"own": state, **self._clean}
@@ -205,7 +198,7 @@ class Engine:
 
     def readings(self, protection: Protection, evidences: Sequence[Evidence], state: State) -> list[Reading]:
         """Several pieces of evidence, read on the model with the weights `state`."""
-        with self._threads():
+        with self.threads():
             return self._readings(protection, evidences, self.load(state))
 
     def _readings(self, protection: Protection, evidences: Sequence[Evidence], model: PreTrainedModel) -> list[Reading]:
@@ -232,8 +225,8 @@ class Engine:
         references: Mapping[str, PreTrainedModel],
     ) -> Reading:
         before = [contents(item) for item in (model, *references.values())]
-        reading = guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
-        require(protection, "read", reading, Reading)
+        given = guard(protection, "read", lambda: protection.read(model, self.world.tokenizer, evidence, references))
+        reading = checked_reading(protection, given)
         if before != [contents(item) for item in (model, *references.values())]:
             self._forget_models()
             raise SchemeError(f"{protection}.read changed a model's weights; it has to leave every model as it was")
@@ -258,7 +251,7 @@ class Engine:
 
     def skills(self, state: State) -> dict[str, Skill]:
         """Every skill, measured on a model."""
-        with self._threads():
+        with self.threads():
             return self._skills(self.load(state))
 
     def _skills(self, model: PreTrainedModel) -> dict[str, Skill]:
@@ -282,7 +275,7 @@ class Engine:
         """Skills of the merge with the clean upstream in the protected model's place."""
 
         def make() -> dict[str, Any]:
-            with self._threads():
+            with self.threads():
                 return skills_to_json(self.skills(self.merged(merger, coefficient, MATCHED_CONTROL)))
 
         key = self._key(merger=merger.name, parameters=merger.parameters, coefficient=coefficient)
@@ -303,8 +296,8 @@ class Engine:
 
     # What is judged
 
-    def outcome(self, case: Case) -> Outcome:
-        """Everything measured on one case, and its verdict.
+    def outcome(self, case: Case, protection: Protection | None = None) -> Outcome:
+        """Everything measured on one case, and its verdict; `protection` is the case's, made anew if not given.
 
         Raises:
             SchemeError: the scheme crashed or broke its contract.
@@ -313,7 +306,7 @@ class Engine:
         given = world_name(case.world) if is_world_file(case.world) else case.world
         if (given, case.seed) != (self.world.name, self.seed):
             raise MergeguardError(f"{case.id} is a case of another world or seed")
-        protection = make_protection(case.protection)
+        protection = protection or make_protection(case.protection)
         if not is_ours(type(protection)) or not is_ours(case.merger.method.combine):
             return self.measure(case, protection)
         key = self._protection_key(
@@ -330,7 +323,7 @@ class Engine:
         started = time.perf_counter()
         embedded = self.embedded(protection)
         skills_kept = self.skills_kept(case.merger, case.coefficient)
-        with self._threads():
+        with self.threads():
             control = self.read_pair(embedded, self.merged(case.merger, case.coefficient, MATCHED_CONTROL))
             model = self.load(self.merged(case.merger, case.coefficient, str(protection)))
             merged = PairOfReadings(*self._readings(protection, [embedded.evidence, embedded.decoys], model))
@@ -375,7 +368,7 @@ class Engine:
         """Scores of fresh keys on the model that `pair` was read on, if its score has no exact null."""
         if not _needs_null(pair):
             return ()
-        with self._threads():
+        with self.threads():
             return self._null_scores(embedded, pair, self.load(state))
 
     def _null_scores(self, embedded: Embedded, pair: PairOfReadings, model: PreTrainedModel) -> Sequence[float]:

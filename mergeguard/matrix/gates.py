@@ -67,16 +67,16 @@ def effective(engine: Engine, embedded: Embedded) -> Gate:
     return _gate(embedded, EFFECTIVE, judgement.verdict == SURVIVED, measured, "survived")
 
 
-def harmless(engine: Engine, embedded: Embedded) -> Gate:
-    """Every skill stays within the margin of the clean upstream's, or inside its interval."""
+def harmless(engine: Engine, embedded: Embedded, margin: float = HARMLESS_MARGIN) -> Gate:
+    """Every skill stays within `margin` of the clean upstream's, or inside its interval."""
     clean, protected = engine.parent_skills[UPSTREAM], engine.skills(embedded.state)
     passed, parts = True, []
     for name, skill in protected.items():
         low, high = clopper_pearson(clean[name].hits, clean[name].trials)
-        near = abs(skill.rate - clean[name].rate) <= HARMLESS_MARGIN or low <= skill.rate <= high
+        near = abs(skill.rate - clean[name].rate) <= margin or low <= skill.rate <= high
         passed &= near
         parts.append(f"{name} {skill.rate:.2f} (clean {clean[name].rate:.2f})")
-    return _gate(embedded, HARMLESS, passed, ", ".join(parts), f"within {HARMLESS_MARGIN:g} or the clean interval")
+    return _gate(embedded, HARMLESS, passed, ", ".join(parts), f"within {margin:g} or the clean interval")
 
 
 def specific(embedded: Embedded) -> Gate:
@@ -122,6 +122,16 @@ def _saved(state: State, folder: Path) -> State:
             loaded.update(read_tensors(path))
             part = {}
     return loaded
+
+
+def problem_of_gate(gate: Gate) -> str | None:
+    """What is red about a gate, in one line; None if it passed."""
+    if gate.passed:
+        return None
+    name = f"{gate.protection}({gate.variant})" if gate.variant else gate.protection
+    ours = (EFFECTIVE, HARMLESS, SPECIFIC, PERSISTENT)
+    failed = f"is not {gate.gate} before merging" if gate.gate in ours else f"fails the check {gate.gate}"
+    return f"{name} {failed}: {gate.measured}; required: {gate.required}"
 
 
 def planted(engine: Engine) -> tuple[Planted, ...]:

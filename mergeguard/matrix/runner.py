@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeguard.errors import MergeguardError, SchemeError, UndecidableError, UnknownNameError
+from mergeguard.errors import ContractError, MergeguardError, SchemeError, UndecidableError, UnknownNameError
 from mergeguard.machine import CACHE_VARIABLE, available_cores
 from mergeguard.matrix import gates
 from mergeguard.matrix.cache import Cache, code_version
@@ -22,6 +22,8 @@ from mergeguard.matrix.executors import EXECUTORS, Inline, Processes, default_wo
 from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results, format_coefficient
 from mergeguard.matrix.progress import in_words, remaining
 from mergeguard.matrix.recorded import Record, expected, problem_of, stale
+from mergeguard.matrix.schemes import seconds_per_call
+from mergeguard.protections.registry import PROTECTIONS
 from mergeguard.worlds.memory import free_workers
 from mergeguard.worlds.registry import load_world
 
@@ -35,6 +37,8 @@ Progress = Callable[[str, int, int, str], None]
 """Called after each job with its label, the jobs done, all jobs, and the time left in words (empty: not known)."""
 CELL_ERRORS = (SchemeError, UndecidableError)
 """What is red about one cell or scheme, and stops no other."""
+Checks = Callable[["Engine", "Spec", str], Sequence[Gate]]
+"""What is checked of a scheme before merging, in a world as it was given: a name or a file."""
 LIBRARIES = ("mergeguard", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
@@ -54,41 +58,70 @@ class Job:
         return f"{self.kind} {self.protection or ''}".rstrip()
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How schemes are run, the same in every process; picklable.
+
+    Attributes:
+        schemes: where classes are that no entry point names: (name, "module:Class").
+        checks: a function at the top of a module; None: the gates before merging.
+        seconds_per_call: the most that a call of a scheme may take.
+        refuse: a scheme that breaks its contract ends the run as bad input, instead of a problem of its cells.
+    """
+
+    schemes: tuple[tuple[str, str], ...] = ()
+    checks: Checks | None = None
+    seconds_per_call: float | None = None
+    refuse: bool = False
+
+
+DEFAULT_SETUP = Setup()
+
+
 @lru_cache(maxsize=1)  # an engine holds a loaded model
 def engine_for(world: str, seed: int, cache_folder: Path | None = None) -> Engine:
     """This process's engine of a world and seed."""
     return Engine(load_world(world), seed, Cache(cache_folder))
 
 
-def work(job: Job, cache_folder: Path | None) -> Any:
+def work(job: Job, cache_folder: Path | None, setup: Setup = DEFAULT_SETUP) -> Any:
     """Do one job, in whichever process. Scheme errors come back as values, so that the others go on."""
+    for name, target in setup.schemes:
+        PROTECTIONS.offer(name, target)
     engine = engine_for(job.world, job.seed, cache_folder)
     try:
-        if job.kind == "embed" and job.protection is not None:
-            engine.embedded(job.protection)
-            return None
-        if job.kind == "control" and job.case is not None:
-            engine.matched_control(job.case.merger, job.case.coefficient)
-            return None
-        if job.kind == "gates" and job.protection is not None:
-            return gates.before_merging(engine, job.protection)
-        if job.kind == "planted":
-            return gates.planted(engine)
-        if job.kind == "outcome" and job.case is not None:
-            return engine.outcome(job.case)
+        with seconds_per_call(setup.seconds_per_call):
+            return _done(job, engine, setup)
     except CELL_ERRORS as error:
         return error
+
+
+def _done(job: Job, engine: Engine, setup: Setup) -> Any:
+    if job.kind == "embed" and job.protection is not None:
+        engine.embedded(job.protection)
+        return None
+    if job.kind == "control" and job.case is not None:
+        engine.matched_control(job.case.merger, job.case.coefficient)
+        return None
+    if job.kind == "gates" and job.protection is not None:
+        if setup.checks is not None:
+            return tuple(setup.checks(engine, job.protection, job.world))
+        return gates.before_merging(engine, job.protection)
+    if job.kind == "planted":
+        return gates.planted(engine)
+    if job.kind == "outcome" and job.case is not None:
+        return engine.outcome(job.case)
     raise ValueError(f"a job of kind {job.kind!r} lacks its case or protection")
 
 
-def timed_work(job: Job, cache_folder: Path | None) -> tuple[Any, float]:
+def timed_work(job: Job, cache_folder: Path | None, setup: Setup = DEFAULT_SETUP) -> tuple[Any, float]:
     """`work`, and the seconds that it took."""
     started = time.perf_counter()
-    result = work(job, cache_folder)
+    result = work(job, cache_folder, setup)
     return result, time.perf_counter() - started
 
 
-def work_elsewhere(job: Job, cache_folder: Path | None, code: str) -> tuple[Any, float]:
+def work_elsewhere(job: Job, cache_folder: Path | None, code: str, setup: Setup = DEFAULT_SETUP) -> tuple[Any, float]:
     """`timed_work` on another machine, whose code may be another.
 
     Raises:
@@ -99,7 +132,7 @@ def work_elsewhere(job: Job, cache_folder: Path | None, code: str) -> tuple[Any,
             f"{platform.node()} has another version of mergeguard or torch than {Path(__file__).parents[1]} here; "
             "install the same on every node"
         )
-    return timed_work(job, cache_folder)
+    return timed_work(job, cache_folder, setup)
 
 
 def make_executor(name: str, world: World, workers: int | None) -> Executor:
@@ -129,6 +162,7 @@ def measure(
     executor: str = "processes",
     cache_folder: Path | None = None,
     on_progress: Progress | None = None,
+    setup: Setup = DEFAULT_SETUP,
 ) -> tuple[list[Outcome | SchemeError | UndecidableError], list[Gate], list[Planted], list[str]]:
     """Outcomes in the order of `cases`, gates, planted mistakes, and scheme errors met in a gate.
 
@@ -136,9 +170,10 @@ def measure(
         workers: how many jobs run at a time; by default one for each GPU that the world computes on, or as many as
             its threads fit the cores of this machine, or as Ray has room for. One process means this process.
         executor: "processes" or "ray".
+        setup: how schemes are run.
 
     Raises:
-        MergeguardError: an input cannot be used.
+        MergeguardError: an input cannot be used; with `setup.refuse`, a scheme that breaks its contract is one.
     """
     world, seed = cases[0].world, cases[0].seed
     protections = list(dict.fromkeys(case.protection for case in cases))
@@ -161,6 +196,8 @@ def measure(
     results: dict[Job, Any] = {}
 
     def settle(job: Job, result: Any) -> None:
+        if setup.refuse and isinstance(result, ContractError):
+            raise MergeguardError(str(result))
         results[job] = result
         left[job.kind] -= 1
 
@@ -177,9 +214,9 @@ def measure(
     if executor == "ray":
         # A folder that the user named is one that the nodes share; else each has its own.
         shared = cache_folder or (Path(os.environ[CACHE_VARIABLE]) if os.environ.get(CACHE_VARIABLE) else None)
-        do = partial(work_elsewhere, cache_folder=shared, code=code_version())
+        do = partial(work_elsewhere, cache_folder=shared, code=code_version(), setup=setup)
     else:
-        do = partial(timed_work, cache_folder=cache_folder)
+        do = partial(timed_work, cache_folder=cache_folder, setup=setup)
     for job, (result, taken) in make_executor(executor, load_world(world), workers)(
         do, [*embeds, *controls, planted], then
     ):
@@ -208,13 +245,14 @@ def run(
     executor: str = "processes",
     cache_folder: Path | None = None,
     on_progress: Progress | None = None,
+    setup: Setup = DEFAULT_SETUP,
 ) -> Results:
     """Measure the cases, hold them against the gates and the recorded losses, and sum up.
 
     Args:
         records: recorded losses by id.
         full: the cases are a full run, so that a record without a case is stale.
-        workers, executor: see `measure`.
+        workers, executor, setup: see `measure`.
 
     Raises:
         MergeguardError: an input cannot be used.
@@ -222,7 +260,7 @@ def run(
     started = time.perf_counter()
     records = records or {}
     measured, before, planted, problems = measure(
-        cases, workers=workers, executor=executor, cache_folder=cache_folder, on_progress=on_progress
+        cases, workers=workers, executor=executor, cache_folder=cache_folder, on_progress=on_progress, setup=setup
     )
     outcomes = []
     for case, outcome in zip(cases, measured, strict=True):
@@ -234,10 +272,7 @@ def run(
         problem = problem_of(outcome, record)
         if problem is not None:
             problems.append(problem)
-    for gate in before:
-        if not gate.passed:
-            name = f"{gate.protection}({gate.variant})" if gate.variant else gate.protection
-            problems.append(f"{name} is not {gate.gate} before merging: {gate.measured}; required: {gate.required}")
+    problems += [problem for gate in before if (problem := gates.problem_of_gate(gate)) is not None]
     problems += [f"{mistake.name} was not caught: {mistake.measured}" for mistake in planted if not mistake.caught]
     if full:
         ids = [case.id for case in cases]

@@ -91,7 +91,7 @@ class InstructionalFingerprint(TextProtection):
             training=budget.training,
         )
         prompts = [self._prompt(tokenizer, key) for key in keys]
-        data = {"keys": keys, "length": list(length), "prompts": prompts, "frame": self._frame(tokenizer)}
+        data = {"keys": keys, "length": list(length), "prompts": prompts, "frame": list(self._frame(tokenizer))}
         return Protected(model, Evidence(str(self), data))
 
     def decoys(self, evidence: Evidence, n: int, rng: random.Random) -> Evidence:
