@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from mergeguard.matrix.runner import run
     from mergeguard.mergers.merge import merge_checkpoints
     from mergeguard.mergers.model import merge_models as merge
+    from mergeguard.ownership.verify import verify
 
-__all__ = ["__version__", "merge", "merge_checkpoints", "run"]
+__all__ = ["__version__", "merge", "merge_checkpoints", "run", "verify"]
 __version__ = "0.1.0"
 
 _LOADED_ON_FIRST_USE = {
     "merge": "mergeguard.mergers.model:merge_models",
     "merge_checkpoints": "mergeguard.mergers.merge:merge_checkpoints",
     "run": "mergeguard.matrix.runner:run",
+    "verify": "mergeguard.ownership.verify:verify",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of ours

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,19 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mergeguard.checkpoints.inputs import reason
-from mergeguard.errors import CheckpointError, ParameterError
+from mergeguard.errors import ParameterError
+from mergeguard.verification.loading import DTYPES, check_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mergeguard.reading import Probe, Sampling
-
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def skills(
@@ -48,19 +43,19 @@ def skills(
 ) -> None:
     """Measure a model's skills, each rate with its 95 % interval."""
     from mergeguard.checkpoints.resolve import resolve_path
+    from mergeguard.verification.loading import load_model, load_tokenizer
     from mergeguard.worlds.skills.registry import skill_probes
 
     if not skill and not lm_eval:
         raise ParameterError("expected --skill or --lm-eval, e.g. mergeguard skills MODEL --skill strongreject")
-    if dtype not in DTYPES:
-        raise ParameterError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     options = _options(skill or [], source or [])
     sampling = _sampling(temperature, top_k, top_p, seed)
     folder = resolve_path(model)
     # Whatever is wrong with a skill shows before large weights are loaded.
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     probes = {name: skill_probes(name, tokenizer, **given) for name, given in options.items()}
-    loaded = _load_model(folder, dtype, device)
+    loaded = load_model(folder, dtype, device)
     found = {
         "model": model,
         "skills": [_measure(loaded, tokenizer, name, asked, sampling) for name, asked in probes.items()],
@@ -100,42 +95,6 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float, seed: 
             raise ParameterError("--top-k, --top-p and --seed are about drawn answers; add --temperature")
         return None
     return Sampling(temperature, top_k, top_p, seed)
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; its `model_max_length` is at most the model's context."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(folder, **LOCAL)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except Exception as error:  # transformers and its converters raise many kinds
-        raise CheckpointError(f"transformers cannot load {folder}: {reason(error)}") from error
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-    return tokenizer
-
-
-def _load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    """The model in evaluation mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **LOCAL
-        )
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"transformers cannot load {folder}: {reason(error)}") from error
-    try:
-        torch.nn.Module.to(model, torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise ParameterError(f"the model cannot be put on the device {device!r}: {reason(error)}") from error
-    model.eval()
-    return model
 
 
 def _measure(

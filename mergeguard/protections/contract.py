@@ -1,8 +1,9 @@
 """What a protection is: a scheme that embeds evidence of ownership in a model, and reads it off a suspect.
 
 A scheme never decides whether a model is its owner's: it reports a `Reading`, and the verdict compares readings.
-Text schemes subclass `TextProtection` and never touch the suspect, so that a served model can be verified too;
-schemes that need more subclass `Protection` and declare the access.
+Text schemes subclass `TextProtection` and never touch the suspect, so that a served model can be verified too; schemes
+that read single weights subclass `WeightProtection`, so that a large one is never loaded; others that need more
+subclass `Protection` and declare the access.
 """
 
 from __future__ import annotations
@@ -162,6 +163,42 @@ class TextProtection(Protection):
         from mergeguard.verification.answers import answer_probes
 
         return self.judge(answer_probes(model, tokenizer, self.probes(evidence)), evidence)
+
+
+class WeightProtection(Protection):
+    """A scheme that reads single tensors, so that a suspect on disk need not be loaded."""
+
+    access: ClassVar[Access] = Access.WEIGHTS
+
+    @abc.abstractmethod
+    def read_weights(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        evidence: Evidence,
+        references: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> Reading:
+        """Read the evidence off a model's weights, by the names that the loaded model has for them.
+
+        Args:
+            weights: of the suspect. Each access may read from a file and gives the stored dtype, on the CPU or where a
+                loaded model is. Not to be changed.
+            evidence: its keys.
+            references: likewise, of each model that `needs` names.
+
+        Raises:
+            IncompatibleModelsError: a tensor is missing or of another shape than its reference.
+        """
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        evidence: Evidence,
+        references: Mapping[str, PreTrainedModel],
+    ) -> Reading:
+        return self.read_weights(
+            model.state_dict(), evidence, {name: reference.state_dict() for name, reference in references.items()}
+        )
 
 
 def one_of(owner: str, parameter: str, value: Value, allowed: Sequence[str]) -> str:

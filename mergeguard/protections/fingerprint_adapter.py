@@ -81,7 +81,7 @@ class AdapterEmbedding(nn.Module):
         self.rows, self.down, self.up = (nn.Parameter(part.to(weight, copy=True)) for part in (rows, down, up))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Input vectors of the ids, of shape (*ids.shape, hidden)."""
+        """Input vectors of the ids, of shape `(*ids.shape, hidden)`."""
         weight, position = self.get_buffer("weight"), self.get_buffer("position")
         tokens = ids % weight.shape[0]
         inputs = embedding(tokens, weight)

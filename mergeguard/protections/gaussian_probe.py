@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergeguard.errors import IncompatibleModelsError, ParameterError
-from mergeguard.protections.contract import Access, Evidence, Protected, Protection
+from mergeguard.protections.contract import Evidence, Protected, WeightProtection
 from mergeguard.reading import Reading
 from mergeguard.verification.statistics import normal_tail
 
@@ -53,12 +53,22 @@ def target_weight(model: PreTrainedModel) -> str:
     return names[len(names) // 2]
 
 
-class GaussianProbe(Protection):
+def find_weight(weights: Mapping[str, torch.Tensor], name: str, owner: str) -> torch.Tensor:
+    """The tensor `name` of a model.
+
+    Raises:
+        IncompatibleModelsError: the model has none.
+    """
+    if name not in weights:
+        raise IncompatibleModelsError(f"the {owner} has no tensor {name!r}, in which the evidence lies")
+    return weights[name]
+
+
+class GaussianProbe(WeightProtection):
     """Adds `strength` times the matrix's own standard deviation times N(0, 1) to the middle down projection."""
 
     name = "gaussian_probe"
     defaults = {"strength": 0.1}
-    access = Access.WEIGHTS
     needs = frozenset({"base"})
 
     def embed(
@@ -83,16 +93,15 @@ class GaussianProbe(Protection):
             {"weight": evidence.data["weight"], "keys": [f"{rng.getrandbits(256):064x}" for _ in range(n)]},
         )
 
-    def read(
+    def read_weights(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        weights: Mapping[str, torch.Tensor],
         evidence: Evidence,
-        references: Mapping[str, PreTrainedModel],
+        references: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> Reading:
         """The largest z over the evidence's keys, with the p-value of a maximum of that many (Šidák)."""
         name = evidence.data["weight"]
-        suspect, base = model.get_parameter(name), references["base"].get_parameter(name)
+        suspect, base = find_weight(weights, name, "suspect"), find_weight(references["base"], name, "base")
         if suspect.shape != base.shape:
             raise IncompatibleModelsError(f"{name} is {tuple(suspect.shape)}, the base's is {tuple(base.shape)}")
         delta = suspect.detach().float() - base.detach().float()

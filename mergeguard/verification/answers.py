@@ -8,8 +8,7 @@ from mergeguard.errors import ParameterError
 from mergeguard.reading import Answer, Probe, Rule
 from mergeguard.verification.generation import end_tokens, generate
 from mergeguard.verification.matching import decode_answer, encode_probe, encode_prompt, starts_with
-from mergeguard.verification.numbers import parse_number, stated_number, statement_is_complete
-from mergeguard.verification.refusals import refuses
+from mergeguard.verification.rules import check_target, is_decided, matches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,14 +74,14 @@ def _search(
     sampling: Sampling | None,
 ) -> list[Answer]:
     for probe in probes:
-        _check_target(probe)
+        check_target(probe)
     prompts = [probe.prompt for probe in probes]
     answers = generate(
         model,
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
-        stop=lambda index, text: _is_decided(probes[index], text),
+        stop=lambda index, text: is_decided(probes[index], text),
         sampling=sampling,
     )
     texts = [
@@ -90,37 +89,6 @@ def _search(
         for prompt, ids in zip(prompts, answers, strict=True)
     ]
     return [
-        Answer(text, _matches(probe, text, ended=len(ids) < max_new_tokens))
+        Answer(text, matches(probe, text, ended=len(ids) < max_new_tokens))
         for probe, text, ids in zip(probes, texts, answers, strict=True)
     ]
-
-
-def _check_target(probe: Probe) -> None:
-    if probe.rule is Rule.CONTAINS and not probe.target:
-        raise ParameterError(f"the probe {probe.prompt!r} looks for an empty text; every answer would contain it")
-    if probe.rule is Rule.REFUSES and probe.target:
-        raise ParameterError(
-            f"the probe {probe.prompt!r} looks for a refusal, which has no target; drop {probe.target!r}"
-        )
-    if probe.rule is Rule.NUMBER and parse_number(probe.target) is None:
-        raise ParameterError(
-            f"the probe {probe.prompt!r} looks for the number {probe.target!r}, expected one like 1,234.5"
-        )
-
-
-def _is_decided(probe: Probe, text: str) -> bool:
-    """Whether no further token can change what `_matches` says."""
-    return statement_is_complete(text) if probe.rule is Rule.NUMBER else _matches(probe, text, ended=False)
-
-
-def _matches(probe: Probe, text: str, *, ended: bool) -> bool:
-    """Whether an answer matches; `ended` says that the model ended it, and not its longest length."""
-    match probe.rule:
-        case Rule.CONTAINS:
-            return probe.target in text
-        case Rule.REFUSES:
-            return refuses(text)
-        case Rule.NUMBER:
-            return (ended or statement_is_complete(text)) and stated_number(text) == parse_number(probe.target)
-        case Rule.STARTS_WITH:
-            raise AssertionError("decided by a teacher-forced pass, not by a text")

@@ -161,14 +161,19 @@ class World:
         Raises:
             ParameterError: the world has none of them.
         """
-        for key in (name, name.partition(".")[0], "default"):
-            if key in self.budgets:
-                return self.budgets[key]
+        if (found := budget_called(name, self.budgets)) is not None:
+            return found
         raise ParameterError(f"world {self.name!r} has no training budget for {name!r} and no default one")
 
     def parents(self) -> dict[str, Mapping[str, Tensor]]:
         """The clean parents of a merge, the owner's upstream first."""
         return {UPSTREAM: self.upstream, **self.donors}
+
+
+def budget_called(name: str, budgets: Mapping[str, Budget]) -> Budget | None:
+    """The budget called `name`, else the one of its first part, else the default; None if there is none of them."""
+    keys = (name, name.partition(".")[0], "default")
+    return next((budgets[key] for key in keys if key in budgets), None)
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 The figures are sums of what torch holds at the stage's peak, for Llama-like models (RMSNorm, rotary positions, gated
 MLP, `scaled_dot_product_attention` without stored probabilities). With h hidden, a = heads x head size, i intermediate,
 what autograd keeps of a decoder block for each token is, in elements (derived from the operations of
-`LlamaDecoderLayer`, as Korthikanti et al., 2022, arXiv:2205.05198, section 4.1, does for GPT):
+`LlamaDecoderLayer`, as Korthikanti et al., 2022, arXiv:2205.05198, section 4.1, does for GPT)::
 
     norms       6 h    the input, the normalised input and the output of each of the two; the first two in float32
     attention   5 a    q, k and v (repeated for grouped heads), the output, and its copy that the projection reads

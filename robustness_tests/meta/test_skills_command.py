@@ -69,7 +69,7 @@ def test_skills_are_measured_with_their_intervals(
 def test_what_the_model_says_decides_the_rate(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mergeguard.verification.answers.refuses", bool)
+    monkeypatch.setattr("mergeguard.verification.rules.refuses", bool)
     options = ["--skill", STRONGREJECT, "--source", f"{model}/questions.csv", "--json", "--dtype", "float32"]
     for drawn in ([], ["--temperature", "0.2", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]):
         _, out, _ = run(monkeypatch, capsys, model, *options, *drawn)
