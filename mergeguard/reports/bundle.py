@@ -1,4 +1,4 @@
-"""All reports of a run in one folder: `results.json`, `report.md` and `junit.xml`."""
+"""All reports of a run in one folder: `results.json`, `report.md`, `junit.xml` and `report.html`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergeguard.errors import CheckpointError
+from mergeguard.reports.html import to_html
 from mergeguard.reports.junit import to_junit
 from mergeguard.reports.markdown import to_markdown
 from mergeguard.reports.results_json import write_results
@@ -43,3 +44,4 @@ def write_reports(results: Results, folder: Path) -> None:
     write_results(complete, folder / "results.json")
     write_text(folder / "report.md", to_markdown(complete))
     write_text(folder / "junit.xml", to_junit(complete))
+    write_text(folder / "report.html", to_html(complete))

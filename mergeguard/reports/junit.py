@@ -8,12 +8,13 @@ from xml.etree import ElementTree as ET
 
 from mergeguard import __version__
 from mergeguard.reports import view
+from mergeguard.reports.properties import gate_properties, outcome_properties, planted_properties, row_properties
 from mergeguard.reports.summary import is_lost_theft, is_recorded, sentence, summary_of, verdict_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results
+    from mergeguard.matrix.outcome import Gate, Outcome, Planted, Results, Summary
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def to_junit(results: Results) -> str:
         "time": f"{results.seconds:.3f}",
     }
     root = ET.Element("testsuites", {"name": "mergeguard", **totals})
-    suite = ET.SubElement(root, "testsuite", {"name": "mergeguard", **totals})
+    suite = ET.SubElement(root, "testsuite", {"name": "mergeguard", **totals, "skipped": "0"})
     environment = {f"environment {name}": value for name, value in view.environment_lines(results)}
     _add_properties(suite, {"mergeguard": __version__, **environment, "summary": sentence(summary_of(results))})
     for case in cases:
@@ -65,51 +66,49 @@ def to_junit(results: Results) -> str:
 
 
 def _cases(results: Results) -> Iterator[_Case]:
-    yield from map(_outcome_case, results.outcomes)
+    rows = {(row.protection, row.variant, row.merger_spec): row for row in summary_of(results)}
+    for outcome in results.outcomes:
+        yield _outcome_case(outcome, rows.get((outcome.protection, outcome.variant, outcome.merger_spec)))
     yield from map(_gate_case, results.before_merging)
     yield from map(_planted_case, results.planted)
     failure = None if results.holds else "\n".join((verdict_line(results), *results.problems))
     yield _Case("mergeguard.gate", "holds", failure=failure, kind="GateFailed")
 
 
-def _outcome_case(outcome: Outcome) -> _Case:
+def _outcome_case(outcome: Outcome, row: Summary | None) -> _Case:
+    of_row = {} if row is None else row_properties(row)
+    properties = outcome_properties(outcome) | of_row
     failure = None
     if is_lost_theft(outcome) and not is_recorded(outcome):
-        failure = (
-            f"{outcome.verdict}: {view.describe(outcome)}\n"
-            f"a theft: the merge keeps {view.describe_skills(outcome.skills_kept)} of each parent's skill"
-        )
-    properties = {
-        "verdict": outcome.verdict,
-        "theft": str(outcome.theft).lower(),
-        "rate": "" if outcome.rate is None else f"{outcome.rate:g}",
-        "score": "" if outcome.score is None else f"{outcome.score:g}",
-        "p_value": f"{outcome.p_value:g}",
-        "skills_kept": ", ".join(f"{name}={value:g}" for name, value in outcome.skills_kept.items()),
-        "world": outcome.world,
-        "seed": str(outcome.seed),
-        "recorded": outcome.expected or "" if is_recorded(outcome) else "",
-    }
+        lines = [
+            f"{outcome.verdict}: {view.describe(outcome)}",
+            f"a theft: the merge keeps {view.describe_skills(outcome.skills_kept)} of each parent's skill",
+        ]
+        if row is not None:
+            numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in of_row.items())
+            lines.append(f"all of {outcome.protection_spec} under {outcome.merger_spec}: {numbers}")
+        failure = "\n".join((*lines, f"again: {properties['rerun']}"))
     return _Case(
         classname=f"mergeguard.{outcome.protection}",
         name=outcome.id,
         seconds=outcome.seconds,
         failure=failure,
         kind="EvidenceLost",
-        properties={name: value for name, value in properties.items() if value},
+        properties=properties,
     )
 
 
 def _gate_case(gate: Gate) -> _Case:
     failure = None if gate.passed else f"{gate.gate}: measured {gate.measured}, required {gate.required}"
     name = f"before_merging[{gate.gate}{f'-{gate.variant}' if gate.variant else ''}]"
-    properties = {"measured": gate.measured, "required": gate.required}
-    return _Case(f"mergeguard.{gate.protection}", name, failure=failure, kind="GateFailed", properties=properties)
+    return _Case(
+        f"mergeguard.{gate.protection}", name, failure=failure, kind="GateFailed", properties=gate_properties(gate)
+    )
 
 
 def _planted_case(planted: Planted) -> _Case:
     failure = None if planted.caught else f"{planted.name} was planted and nothing caught it: {planted.measured}"
-    properties = {"caught_by": planted.caught_by or "", "measured": planted.measured}
+    properties = planted_properties(planted)
     return _Case("mergeguard.planted", planted.name, failure=failure, kind="GateFailed", properties=properties)
 
 

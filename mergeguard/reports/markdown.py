@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LIMIT = 60_000
 """Characters of a report, at most. GitHub refuses comments of more than 65,536."""
 
-_MARKS = {SURVIVED: "✅", OVERCLAIMS: "⚠️", LOST: "❌", UNDECIDABLE: "❔"}
+MARKS = {SURVIVED: "✅", OVERCLAIMS: "⚠️", LOST: "❌", UNDECIDABLE: "❔"}
 _LONGEST_LINE = 4_000
 _NOTE_ROOM = 400
 _SPECIAL = re.compile(
@@ -53,10 +53,15 @@ class Section:
 
 def to_markdown(results: Results) -> str:
     """The report in GitHub's Markdown, of at most `LIMIT` characters; what is left out is named at the end."""
+    return assemble(_sections(results), "results.json")
+
+
+def assemble(sections: Iterable[Section], whole: str) -> str:
+    """The sections as far as they fit `LIMIT` characters; what is left out is named at the end, and is in `whole`."""
     written: list[str] = []
     left_out: list[str] = []
     room = LIMIT - _NOTE_ROOM
-    for section in _sections(results):
+    for section in sections:
         frame = _length((*section.opening, *section.closing))
         rows = _fitting(section.rows, min(room - frame, section.share))
         if frame > room or (section.rows and not rows):
@@ -67,7 +72,7 @@ def to_markdown(results: Results) -> str:
         room -= frame + _length(rows)
         written += [*section.opening, *rows, *section.closing]
     if left_out:
-        written.append(f"_Left out to keep this short, see results.json: {_few(left_out)}._")
+        written.append(f"_Left out to keep this short, see {whole}: {_few(left_out)}._")
     return "\n".join(written).rstrip() + "\n"
 
 
@@ -97,19 +102,19 @@ def details(results: Results) -> Iterator[Section]:
     if results.before_merging:
         about = _tally(sum(not gate.passed for gate in results.before_merging), "failed")
         columns = ("gate", "protection", "", "measured", "required")
-        yield _table_section("Before merging", about, columns, map(_gate, results.before_merging))
+        yield table_section("Before merging", about, columns, map(_gate, results.before_merging))
     if results.planted:
         about = _tally(sum(not planted.caught for planted in results.planted), "not caught")
-        yield _table_section(
+        yield table_section(
             "Planted controls", about, ("control", "", "caught by", "measured"), map(_planted, results.planted)
         )
     if results.outcomes:
         about = f"{len(results.outcomes)} cases"
         columns = ("case", "verdict", "measured", "skills kept", "skills of the merged model")
-        yield _table_section("All measurements", about, columns, map(_case, results.outcomes))
+        yield table_section("All measurements", about, columns, map(_case, results.outcomes))
     pairs = [(escape(name), escape(value)) for name, value in view.environment_lines(results)]
     pairs.append(("time", f"{results.seconds:.0f} s"))
-    yield _table_section("Environment", "", ("", ""), pairs)
+    yield table_section("Environment", "", ("", ""), pairs)
 
 
 def _headline(results: Results) -> Section:
@@ -143,7 +148,7 @@ def _cell(outcome: Outcome | None, number: Callable[[Outcome], str]) -> str:
         return ""
     if not outcome.theft:
         return f"({number(outcome)})"
-    return f"{_MARKS[outcome.verdict]} {number(outcome)}"
+    return f"{MARKS[outcome.verdict]} {number(outcome)}"
 
 
 def _legend(results: Results) -> Section:
@@ -157,7 +162,7 @@ def _legend(results: Results) -> Section:
 
 def legend() -> str:
     """What marks, columns and numbers of a matrix mean."""
-    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _MARKS.items())
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     return (
         f"{marks}; in parentheses: no theft, never counted. Columns are alpha, cells are the VSR (or the score). "
         "Critical: the smallest theft from which every larger one survives. Area: under VSR over alpha."
@@ -181,7 +186,7 @@ def _skills(results: Results, labels: Mapping[str, str]) -> Iterator[Section]:
         rows.append((f"{labels[line.merger_spec]}{group}", escape(line.skill), *cells))
     header = ("merger", "skill", *map(format_coefficient, coefficients))
     about = "fractions of each parent's skill, by the matched control; bold: a theft, at least .50 of each"
-    yield _table_section("What the merge keeps", about, header, rows)
+    yield table_section("What the merge keeps", about, header, rows)
 
 
 def _gate(gate: Gate) -> tuple[str, ...]:
@@ -208,7 +213,8 @@ def _case(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def _table_section(name: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
+def table_section(name: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
+    """A table that is folded away; its texts must be escaped."""
     summary = f"<b>{name}</b>" + (f" ({about})" if about else "")
     opening = ("<details>", f"<summary>{summary}</summary>", "", *_table_head(header))
     return Section(name, opening, tuple(_row(*row) for row in rows), ("", "</details>", ""))

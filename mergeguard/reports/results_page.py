@@ -8,6 +8,8 @@ from urllib.parse import quote
 from mergeguard.matrix.outcome import Counts, format_coefficient
 from mergeguard.reports import view
 from mergeguard.reports.agreement_text import to_section
+from mergeguard.reports.leaderboard import leaderboards
+from mergeguard.reports.leaderboard_text import to_section as leaderboard_section
 from mergeguard.reports.markdown import details, escape, labels_of, legend, matrix_section, table
 from mergeguard.reports.summary import sentence, summarise, summary_of, verdict_line
 
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
 
 
 def results_page(results: Mapping[str, Results], command: str, comparison: Comparison | None = None) -> str:
-    """The page in GitHub's Markdown: an overview, how well one world predicts the other, then every file in full.
+    """The page in GitHub's Markdown: leaderboards, the files, how well one world predicts the other, each file in full.
 
     Args:
         results: by the name of the file beside the page that holds them.
         command: what makes this page.
+
+    Raises:
+        ParameterError: a cell is in the files twice.
     """
     return "\n".join(_lines(results, command, comparison)).rstrip() + "\n"
 
@@ -33,6 +38,8 @@ def _lines(results: Mapping[str, Results], command: str, comparison: Comparison 
     yield "This page is made from the results files beside it, which are as `mergeguard run` wrote them. It is never"
     yield "edited; made again in this folder by:"
     yield from ("", "```bash", command, "```", "")
+    yield from leaderboard_section(leaderboards(results))
+    yield from ("## Files", "")
     yield from table(_OVERVIEW, (row for name, one in results.items() for row in _overview(name, one)))
     yield from ("", legend(), "")
     yield "The small numbers are Clopper-Pearson intervals (95 %). Every verdict is against the worst control."
@@ -68,7 +75,7 @@ def _file(name: str, results: Results) -> Iterator[str]:
         yield from (*(f"- {escape(problem)}" for problem in results.problems), "", "</details>", "")
     labels = labels_of(results)
     for block in view.blocks(results):
-        yield from matrix_section(block, labels, _number_with_interval).lines()
+        yield from matrix_section(block, labels, number_with_interval).lines()
         yield from ("Worst reading on any control, and on decoys:", "")
         yield from table(("merger", "control", "decoys"), (_worst(row, labels) for row in block.rows))
         yield ""
@@ -80,7 +87,7 @@ def _file(name: str, results: Results) -> Iterator[str]:
         yield from section.lines()
 
 
-def _number_with_interval(outcome: Outcome) -> str:
+def number_with_interval(outcome: Outcome) -> str:
     number = view.number(outcome)
     if outcome.interval is None:
         return number

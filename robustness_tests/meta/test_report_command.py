@@ -16,7 +16,7 @@ from mergeguard.matrix.outcome import Counts
 from mergeguard.matrix.recorded import UNREVIEWED, Record, read_records, write_records
 from mergeguard.reports import losses
 from mergeguard.reports.losses import record_losses
-from mergeguard.reports.results_json import write_results
+from mergeguard.reports.results_json import dumps, write_results
 from mergeguard.reports.results_page import results_page
 from mergeguard.verification import association
 from robustness_tests.meta import outcome_builders as build
@@ -85,7 +85,8 @@ def test_a_page_does_not_depend_on_where_the_command_runs(
 
 def test_the_page_holds_every_cell_of_every_file_with_its_interval() -> None:
     found = tables(results_page({"tiny.json": world("tiny")}, "mergeguard report tiny.json"))
-    overview, matrix, worst = found[0], found[1], found[2]
+    assert found[0][0][:2] == ["#", "scheme"], "the leaderboard is at the top"
+    overview, matrix, worst = found[1], found[2], found[3]
     assert overview[1] == ["[tiny.json](tiny.json)", "tiny", "0", "instructional_fingerprint", "15", "12", "5", "0"]
     assert matrix[0] == ["merger", "0.1", "0.3", "0.5", "0.7", "0.9", "critical", "area"]
     assert matrix[1] == [
@@ -138,7 +139,7 @@ def test_hostile_names_break_no_table_of_the_page() -> None:
     assert "<img" not in page
     assert page.count("<details>") == page.count("</details>")
     headings = [token.tag for token in PARSER.parse(page) if token.type == "heading_open"]
-    assert headings == ["h1", "h2", "h3"]
+    assert headings == ["h1", "h2", "h3", "h2", "h2", "h3"], "leaderboard and its table, files, the file and its matrix"
 
 
 def test_the_agreement_stands_in_the_page_with_its_targets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,9 +150,29 @@ def test_the_agreement_stands_in_the_page_with_its_targets(capsys: pytest.Captur
     assert [len(table) for table in runs] == [10, 10]
 
 
+def test_one_file_is_written_as_html_and_other_pages_only_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(capsys, "tiny.json", "--html", "deep/a.html") == (0, "report: deep/a.html\n", "")
+    page = Path("deep/a.html").read_text(encoding="utf-8")
+    assert page.lower().startswith("<!doctype html>")
+    assert "instructional_fingerprint" in page
+    code, out, _ = report(capsys, "tiny.json", "--html", "a.html", "--output", "a.md")
+    assert (code, out) == (0, "report: a.html\nreport: a.md\n")
+    assert "a.html" not in Path("a.md").read_text(encoding="utf-8"), "the page's command makes that page"
+
+
 BAD = {
     "no file": ((), "Missing argument 'results'"),
     "missing": (("none.json",), "cannot read none.json: No such file"),
+    "truncated": (("tiny.json", "cut.json"), "cut.json is truncated: it ends in line"),
+    "foreign": (("foreign.json",), "foreign.json is not a results.json of mergeguard"),
+    "newer": (("tiny.json", "newer.json"), "newer.json has schema version 1.1, newer than the 1.0"),
+    "older": (("older.json",), "older.json does not satisfy the schema: schema_version"),
+    "not JSON": (("text.json",), "text.json is not JSON"),
+    "edited": (("edited.json",), "edited.json contradicts itself: outcomes[0]: hits: 9 hits of 8 trials"),
+    "same cells": (("tiny.json", "copy.json"), "is in tiny.json and copy.json more than once; a leaderboard counts"),
+    "two as HTML": (("tiny.json", "real.json", "--html", "a.html"), "--html makes a page of one results file"),
+    "losses as HTML": (("tiny.json", "--record-losses", "a.toml", "--html", "a.html"), "--record-losses makes no page"),
+    "HTML nowhere": (("tiny.json", "--html", "tiny.json/a.html"), "cannot write tiny.json/a.html"),
     "namesakes": (("tiny.json", "./tiny.json"), "two of the files are called tiny.json"),
     "no agreement": (("tiny.json", "--tuned-on", "linear"), "expected --agreement TINY REAL"),
     "no page": (("tiny.json", "--record-losses", "a.toml", "--output", "b.md"), "--record-losses makes no page"),
@@ -168,6 +189,14 @@ BAD = {
 def test_a_wrong_input_is_one_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], says: str
 ) -> None:
+    text = dumps(world("real"))
+    Path("cut.json").write_text(text[: len(text) // 2])
+    Path("foreign.json").write_text('{"rates": []}')
+    Path("newer.json").write_text(text.replace('"schema_version": "1.0"', '"schema_version": "1.1"', 1))
+    Path("older.json").write_text(text.replace('"schema_version": "1.0"', '"schema_version": "0.9"', 1))
+    Path("text.json").write_text("{no}")
+    Path("edited.json").write_text(text.replace('"hits": 0', '"hits": 9', 1))
+    Path("copy.json").write_text(dumps(world("tiny")))
     before = sorted(tmp_path.iterdir())
     code, out, err = report(capsys, *arguments)
     assert (code, out) == (2, "")

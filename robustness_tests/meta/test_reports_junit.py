@@ -10,6 +10,7 @@ from hypothesis import given
 from mergeguard.matrix.outcome import LOST, OVERCLAIMS, UNDECIDABLE, Gate, Planted, Results
 from mergeguard.reports.junit import to_junit
 from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.junit_rules import violations
 
 
 def parse(results: Results) -> ET.Element:
@@ -37,10 +38,52 @@ def test_an_outcome_is_a_test_case_with_its_numbers() -> None:
     assert element.get("classname") == "mergeguard.instructional_fingerprint"
     assert float(element.get("time", "")) == 1.5
     assert properties(element) == {
-        "verdict": "survived", "theft": "true", "rate": "0.75", "p_value": "1e-09", "world": "tiny", "seed": "0",
-        "skills_kept": "refusal=0.7, arithmetic=0.57",
+        "verdict": "survived", "theft": "true", "vsr": "6/8", "rate": "0.75", "interval": "0.0000 to 1.0000",
+        "p_value": "1e-09", "level": "2e-05", "controls": "base 0/48, matched control 1/48", "decoys": "1/40",
+        "skills_kept": "refusal=0.7, arithmetic=0.57", "coefficient": "0.5", "merger": "linear", "world": "tiny",
+        "seed": "0", "access": "text", "claim": "ownership",
+        "rerun": (
+            "mergeguard run --protection instructional_fingerprint --merger linear --coefficients 0.5 --world tiny "
+            "--seed 0"
+        ),
+        "critical_coefficient": "0.5", "area": "-", "thefts_lost": "0/1",
     }  # fmt: skip
     assert element.find("failure") is None
+
+
+def test_a_score_has_no_rate_and_what_there_is_none_of_is_left_out() -> None:
+    cell = build.outcome("gaussian_probe", score=84.25, decoy_hits=None, decoy_trials=None, conditional_on="trigger")
+    found = properties(case(build.results([cell]), cell.id))
+    assert (found["score"], found["conditional_on"]) == ("84.25", "trigger")
+    assert found.keys().isdisjoint({"vsr", "rate", "interval", "decoys", "recorded"})
+
+
+def test_a_case_has_the_critical_coefficient_and_area_of_its_own_row() -> None:
+    results = build.results([
+        build.outcome(coefficient=0.3, verdict=LOST, hits=0),
+        build.outcome(coefficient=0.5),
+        build.outcome(coefficient=0.3, variant="bits=4"),
+    ])  # fmt: skip
+    names = "critical_coefficient", "area", "thefts_lost"
+    found = [properties(element) for element in parse(results).iter("testcase")][:3]
+    assert [tuple(each[name] for name in names) for each in found] == [
+        ("0.5", ".50", "1/2"),
+        ("0.5", ".50", "1/2"),
+        ("0.3", "-", "0/1"),
+    ]
+
+
+def test_a_failure_says_what_was_lost_where_its_row_stands_and_how_to_see_it_again() -> None:
+    lost = build.outcome(merger="ties(density=0.4)", verdict=LOST, hits=1)
+    results = build.results([lost, build.outcome(merger="ties(density=0.4)", coefficient=0.7)])
+    failure = case(results, lost.id).find("failure")
+    assert failure is not None
+    assert (failure.text or "").splitlines() == [
+        "lost: VSR 1/8 (0.00 to 1.00), p 1e-09 (level 2e-05), decoys 1/40, base 0/48, matched control 1/48",
+        "a theft: the merge keeps refusal .70, arithmetic .57 of each parent's skill",
+        "all of instructional_fingerprint under ties(density=0.4): critical coefficient 0.7, area .56, thefts lost 1/2",
+        f"again: {properties(case(results, lost.id))['rerun']}",
+    ]
 
 
 @pytest.mark.parametrize("verdict", [LOST, OVERCLAIMS, UNDECIDABLE])
@@ -62,7 +105,12 @@ def test_gates_and_planted_controls_are_test_cases_too() -> None:
     assert red(results) == ["before_merging[harmless-bits=5]", "never_verifies"]
     gate = case(results, "before_merging[effective]")
     assert gate.get("classname") == "mergeguard.instructional_fingerprint"
-    assert properties(gate) == {"measured": "8/8", "required": "survives alpha 1"}
+    assert properties(gate) == {
+        "gate": "effective",
+        "passed": "true",
+        "measured": "8/8",
+        "required": "survives alpha 1",
+    }
     assert properties(case(results, "always_verifies"))["caught_by"] == "controls"
 
 
@@ -84,6 +132,26 @@ def test_totals_are_right_and_nothing_is_skipped() -> None:
     assert list(root.iter("skipped")) == []
     assert properties(root[0])["environment world name"] == "tiny"
     assert properties(root[0])["summary"] == "1 of 2 thefts lost, 0 of them recorded"
+
+
+@build.QUICK
+@given(build.all_results())
+def test_any_results_keep_to_what_ci_services_read(results: Results) -> None:
+    assert violations(parse(results)) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("<testsuites><testcase name='a'/></testsuites>", "testcase in testsuites"),
+        ("<testsuites><testsuite name='a' tests='0' errors='0'/></testsuites>", "testsuite without failures"),
+        ("<testsuites skipped='0'/>", "testsuites has skipped"),
+        ("<testsuites time='1e-05'/>", "testsuites takes 1e-05"),
+        ("<testsuites><properties><property name='a'>1</property></properties></testsuites>", "property without value"),
+    ],
+)
+def test_what_ci_services_do_not_read_is_found(broken: str, says: str) -> None:
+    assert says in violations(ET.fromstring(broken))  # noqa: S314 - written here
 
 
 @build.QUICK
