@@ -1,7 +1,7 @@
 """What a merge method is, and a merger: a method with its parameters. No torch is imported here.
 
 A method works on one vector at a time, usually one tensor of the checkpoint, in two steps, so that a sweep over
-weights repeats only the second, and so that a large tensor can pass through the processor's cache piece by piece:
+weights repeats only the second, and so that a large tensor can pass through the processor's cache piece by piece::
 
     prepared = method.prepare(base, models, parameters, generators)  # what needs the whole tensor: thresholds, masks
     for span in spans(base):

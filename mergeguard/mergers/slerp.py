@@ -117,7 +117,7 @@ def nuslerp(
 ) -> Tensor:
     """Slerp between two weighted models, or between their task vectors (mergekit 0.1.5, `nuslerp`).
 
-    t is w_2 / (w_1 + w_2), and 1/2 where the weights sum to 0 (|sum| < 1e-6). Unlike `slerp`, it becomes linear only
+    t is w_2 / (w_1 + w_2), and 1/2 where the weights sum to 0 (`|sum| < 1e-6`). Unlike `slerp`, it becomes linear only
     where sin^2 theta <= 1e-16, and all maths are in the tensors' own dtype, each operation rounded to it.
 
     Args:

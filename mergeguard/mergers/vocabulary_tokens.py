@@ -1,4 +1,4 @@
-"""Vocabularies matched by token, as mergekit 0.1.5 does for `tokenizer_source` and `tokenizer` (its tokenizer/*.py).
+"""Vocabularies matched by token, as mergekit 0.1.5 does for `tokenizer_source` and `tokenizer` (its `tokenizer/`).
 
 What mergekit leaves to the order of a hash table follows the recipe's order here: which model starts a merge without a
 base, and in which order tokens of the others join a union (ordinary tokens by model and id, then added ones). Where
