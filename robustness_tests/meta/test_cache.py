@@ -102,14 +102,15 @@ def test_the_version_of_the_code_is_that_of_the_sources_that_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "mergeguard"
-    for name in ("matrix/cache.py", "mergers/ties.py", "cli.py", "pytest_plugin.py", "reports/terminal.py"):
+    doors = ("cli.py", "pytest_plugin.py", "reports/terminal.py", "testing/gate.py", "ownership/claims.py")
+    for name in ("matrix/cache.py", "mergers/ties.py", *doors):
         path = package / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("one = 1\n")
     monkeypatch.setattr(module, "__file__", str(package / "matrix" / "cache.py"))
     version = code_version.__wrapped__
     first = version()
-    for name in ("cli.py", "pytest_plugin.py", "reports/terminal.py"):
+    for name in doors:
         (package / name).write_text("two = 2\n")
     assert version() == first
     (package / "mergers/ties.py").write_text("one = 2\n")

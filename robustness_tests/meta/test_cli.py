@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 CELL = ("--world", "mini", "--merger", "linear", "--coefficients", "0.5", "--workers", "1")
+REPORTS = ["junit.xml", "report.html", "report.md", "results.json"]
 LOST_PROBE = "gaussian_probe(strength=0.005)"
 
 
@@ -78,13 +79,13 @@ def mergeguard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 # Runs
 
 
-def test_a_gate_that_holds_is_exit_code_0_and_three_reports(mergeguard: Door, tmp_path: Path) -> None:
+def test_a_gate_that_holds_is_exit_code_0_and_four_reports(mergeguard: Door, tmp_path: Path) -> None:
     said = mergeguard("run", "--protection", "toy", "--protection", "gaussian_probe", *CELL, "--output", "out")
     assert (said.code, said.err) == (0, "")
     assert "mergeguard: 2 cases on world mini" in said.out
     assert "0 of 2 thefts lost, 0 of them recorded" in said.out
     assert said.out.splitlines()[-1] == "reports: out"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["junit.xml", "report.md", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == REPORTS
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [outcome["protection"] for outcome in results["outcomes"]] == ["toy", "gaussian_probe"]
     assert results["holds"] is True

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-ORDER = ("checkpoints", "mergers", "worlds", "verification", "protections", "matrix", "reports", "testing")
+ORDER = ("checkpoints", "mergers", "worlds", "verification", "protections", "matrix", "ownership", "reports", "testing")
 SHARED = ("errors", "specs", "registry", "reading", "seeds", "machine")
 """Modules that everyone may use and that use none of the packages."""
 COMMANDS = ("commands",)

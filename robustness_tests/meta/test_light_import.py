@@ -30,7 +30,12 @@ LIGHT = (
     "mergeguard.mergers.recipe",
     "mergeguard.mergers.streaming",
     "mergeguard.mergers.vocabulary",
+    "mergeguard.ownership",
+    "mergeguard.ownership.claims",
+    "mergeguard.ownership.evidence_file",
     "mergeguard.protections.registry",
+    "mergeguard.testing",
+    "mergeguard.verification.served",
     "mergeguard.worlds.registry",
 )
 

@@ -44,7 +44,7 @@ def test_public_names_are_what_they_say() -> None:
 
 
 def test_every_public_name_exists_and_is_listed() -> None:
-    assert sorted(mergeguard.__all__) == ["__version__", "merge", "merge_checkpoints", "run"]
+    assert sorted(mergeguard.__all__) == ["__version__", "merge", "merge_checkpoints", "run", "verify"]
     for name in mergeguard.__all__:
         assert getattr(mergeguard, name)
         assert name in dir(mergeguard)

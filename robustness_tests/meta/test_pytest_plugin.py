@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ import torch
 from mergeguard import __version__
 from mergeguard.matrix import recorded
 from mergeguard.matrix.runner import engine_for
+from mergeguard.reports.properties import outcome_properties
+from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.junit_rules import violations
 from robustness_tests.meta.mini_world import registered
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ def engine(chosen):
     return Engine()
 """
 LINEAR = ("--merger", "linear", "--coefficient", "0.5")
+REPORTS = ["junit.xml", "report.html", "report.md", "results.json"]
 LOST_TOY = "toy(strength=0.6)"
 
 
@@ -241,7 +246,7 @@ def test_the_matrix_is_printed_and_the_reports_are_written(
             f"reports: {output}",
         ]
     )
-    assert sorted(path.name for path in output.iterdir()) == ["junit.xml", "report.md", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == REPORTS
     results = json.loads((output / "results.json").read_text())
     assert [item["coefficient"] for item in results["outcomes"]] == [tenth / 10 for tenth in range(1, 10)]
     assert [item["verdict"] for item in results["outcomes"]] == ["lost"] * 3 + ["survived"] * 6
@@ -251,11 +256,33 @@ def test_the_matrix_is_printed_and_the_reports_are_written(
     assert results["seconds"] > 0
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_pytests_own_junit_file_shows_what_was_measured_in_short_texts(
+    fake_suite: pytest.Pytester, workers: tuple[str, ...]
+) -> None:
+    part = ("--protection", "gaussian_probe", "--merger", "linear", "--coefficient", "0.3,0.5")
+    run(fake_suite, *part, "--junitxml", "junit.xml", *workers).assert_outcomes(passed=1, failed=1, skipped=1)
+    root = ET.parse(fake_suite.path / "junit.xml").getroot()  # noqa: S314 - written by pytest
+    assert violations(root) == []
+    found = {
+        case.get("name", "").partition("[")[2].rstrip("]"): {
+            item.get("name"): item.get("value") for item in case.iter("property")
+        }
+        for case in root.iter("testcase")
+    }
+    survived, lost = (found[f"gaussian_probe-linear-{alpha}"] for alpha in (0.5, 0.3))
+    assert survived == {
+        "mergeguard_world": "mini",
+        **outcome_properties(build.outcome("gaussian_probe", expected="survived")),
+    }
+    assert (lost["verdict"], lost["coefficient"], lost["theft"]) == ("lost", "0.3", "true")
+
+
 def test_gates_and_planted_mistakes_are_part_of_the_summary(suite: pytest.Pytester) -> None:
     for name in ("test_before_merging", "test_controls"):
         suite.makepyfile(**{name: (SUITE / f"{name}.py").read_text()})
     schemes = ("--protection", "toy", "--protection", "toy(fault=harmful)")
-    result = run(suite, *schemes, *LINEAR, "--mergeguard-output", "out")
+    result = run(suite, *schemes, *LINEAR, "--mergeguard-output", "out", "--junitxml", "pytests.xml")
     result.assert_outcomes(passed=7 + 5 + 2, failed=1, skipped=1)
     result.stdout.fnmatch_lines(
         [
@@ -270,6 +297,10 @@ def test_gates_and_planted_mistakes_are_part_of_the_summary(suite: pytest.Pytest
     results = json.loads((suite.path / "out" / "results.json").read_text())
     assert len(results["before_merging"]) == 8
     assert len(results["planted"]) == 5
+    shown = [(item.get("name"), item.get("value")) for item in ET.parse("pytests.xml").iter("property")]  # noqa: S314
+    assert shown.count(("gate", "harmless")) == 2
+    assert shown.count(("passed", "false")) == 1
+    assert ("caught_by", "crash") in shown
 
 
 def test_a_scheme_that_crashes_before_merging_is_a_problem_of_the_gate(suite: pytest.Pytester) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SCRIPT = ROOT / ".ci" / "run"
+# More of what runs by default: other variants of the schemes, and the same tests once more under xdist.
+SLOW_BY_HAND = {
+    "test_variants.py",
+    "meta/test_cli.py",
+    "meta/test_pytest_plugin.py",
+    "meta/test_pytest_plugin_worlds.py",
+}
 
 
 def readme_command(name: str, root: Path = ROOT) -> str:
@@ -93,6 +101,16 @@ def test_ci_installs_the_torch_of_the_readme_and_never_writes_a_command_of_its_o
     pins = re.findall(r"torch==[\d.]+", README + SCRIPT.read_text(encoding="utf-8"))
     assert len(set(pins)) == 1
     assert "mergeguard run" not in SCRIPT.read_text(encoding="utf-8")
+
+
+def test_every_file_with_slow_tests_is_run_by_ci_or_known_to_be_run_by_hand() -> None:
+    script = SCRIPT.read_text(encoding="utf-8")
+    patterns = re.findall(r"robustness_tests/\S+\.py", script)
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "robustness_tests").rglob("test_*.py")]
+    slow = {name for name in files if re.search(r"pytest\.mark\.slow", (ROOT / name).read_text(encoding="utf-8"))}
+    run = {name for name in files if any(fnmatch(name, pattern) for pattern in patterns)}
+    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in files)} == set()
+    assert slow - run == {f"robustness_tests/{name}" for name in SLOW_BY_HAND}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +220,7 @@ def test_the_recipe_of_the_readme_merges_by_its_command_and_from_python(
     monkeypatch.setattr(cli, "_leave", cli._leave)  # a merge decides how the process ends
     for name, state in zip(("base", "mine", "theirs"), family(2), strict=True):
         write_tokenizer(save_model(Path("models", name), state), "<u> a b c", "<s>")
-    (recipe,) = code_blocks(README, "yaml")
+    (recipe,) = (block for block in code_blocks(README, "yaml") if "merge_method" in block)
     Path("ties.yml").write_text(recipe, encoding="utf-8")
     merge, check, sweep = [words for words in commands_written(README) if words[0] == "merge" and len(words) > 2]
 
