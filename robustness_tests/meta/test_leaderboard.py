@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
-from markdown_it import MarkdownIt
 
 from mergeguard.errors import ParameterError
 from mergeguard.matrix.outcome import LOST, OVERCLAIMS, SURVIVED, Gate
@@ -15,13 +14,13 @@ from mergeguard.reports.leaderboard import Leaderboard, leaderboards
 from mergeguard.reports.leaderboard_text import to_section
 from mergeguard.reports.summary import summarise
 from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.pages import PARSER, tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mergeguard.matrix.outcome import Outcome, Results
 
-PARSER = MarkdownIt("commonmark").enable("table")
 NAMES = ("effective", "harmless", "specific", "persistent")
 
 
@@ -201,18 +200,6 @@ def test_versions_of_mergeguard_are_named() -> None:
 def rows(board: Leaderboard) -> list[list[str]]:
     (found,) = tables("\n".join(to_section([board])))
     return found[1:]
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    found: list[list[list[str]]] = []
-    for token in PARSER.parse(text):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append(token.content)
-    return found
 
 
 def test_a_row_says_all_of_a_scheme() -> None:

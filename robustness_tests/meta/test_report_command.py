@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
 
 from mergeguard import cli
 from mergeguard.errors import ParameterError
@@ -20,9 +19,9 @@ from mergeguard.reports.results_json import dumps, write_results
 from mergeguard.reports.results_page import results_page
 from mergeguard.verification import association
 from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.pages import PARSER, tables
 from robustness_tests.meta.two_worlds import rising, world
 
-PARSER = MarkdownIt("commonmark").enable("table")
 HOSTILE = "a|b<img src=x>`c`*d*_e_[f](g)\\|@everyone #1 &amp; </details>\n# h"
 AGREEMENT = ("--agreement", "tiny.json", "real.json", "--tuned-on", "linear", "--second-seed", "tiny-seed-1.json")
 
@@ -44,19 +43,6 @@ def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
             cli.main()
     captured = capsys.readouterr()
     return int(caught.value.code or 0), captured.out, captured.err
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """Every table as a Markdown reader sees it."""
-    found: list[list[list[str]]] = []
-    for token in PARSER.parse(text):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append(token.content)
-    return found
 
 
 # The page

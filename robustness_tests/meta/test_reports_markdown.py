@@ -9,32 +9,17 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from markdown_it import MarkdownIt
 
 from mergeguard.matrix.outcome import LOST, OVERCLAIMS, SURVIVED, UNDECIDABLE, Gate, Outcome, Planted, Results
 from mergeguard.reports.markdown import LIMIT, escape, to_markdown
 from mergeguard.reports.view import clean
 from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.pages import PARSER, tables
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-PARSER = MarkdownIt("commonmark").enable("table")
 HOSTILE = "a|b<img src=x>`c`*d*_e_[f](g)\\|@everyone #1 &amp; <!-- </details>\n# h"
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """Every table as a Markdown reader sees it: rows of cells' source."""
-    found: list[list[list[str]]] = []
-    for token in PARSER.parse(text):
-        match token.type:
-            case "table_open":
-                found.append([])
-            case "tr_open":
-                found[-1].append([])
-            case "inline" if found and token.level >= 4:
-                found[-1][-1].append(token.content)
-    return found
 
 
 def shown(token: Token) -> str:

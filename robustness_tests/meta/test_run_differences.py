@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import given
-from markdown_it import MarkdownIt
 
 from mergeguard.errors import ParameterError
 from mergeguard.matrix.outcome import LOST, OVERCLAIMS, SURVIVED, Counts, Gate, Planted
@@ -19,12 +18,12 @@ from mergeguard.reports.run_differences import RunComparison, compare_runs
 from mergeguard.reports.run_differences_text import to_lines, to_markdown
 from mergeguard.verification.changes import fisher_changed, holm
 from robustness_tests.meta import outcome_builders as build
+from robustness_tests.meta.pages import PARSER, tables
 from robustness_tests.meta.two_worlds import rising, world
 
 if TYPE_CHECKING:
     from mergeguard.matrix.outcome import Outcome, Results
 
-PARSER = MarkdownIt("commonmark").enable("table")
 OLD = build.results(build.default_matrix(("instructional_fingerprint",)))
 SURVIVOR = "instructional_fingerprint-linear-0.6"
 
@@ -266,18 +265,6 @@ def test_a_level_that_is_none_is_refused(level: float) -> None:
 
 
 # Words
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    found: list[list[list[str]]] = []
-    for token in PARSER.parse(text):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append(token.content)
-    return found
 
 
 def test_the_comment_begins_with_what_was_lost_and_shows_each_change_once() -> None:
