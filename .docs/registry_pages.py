@@ -149,7 +149,8 @@ def cited(citation: str) -> str:
 
 def published(root: Path) -> dict[str, Results]:
     """The published results by the name of their file, in order of the names."""
-    return {path.name: read_results(path) for path in sorted((root / "fixtures" / "results").glob("*.json"))}
+    paths = sorted((root / "fixtures" / "results").glob("*.json"), key=lambda path: path.stem)
+    return {path.name: read_results(path) for path in paths}
 
 
 def _measured(results: dict[str, Results], field: str, name: str) -> Iterator[str]:
@@ -168,7 +169,7 @@ def _measured(results: dict[str, Results], field: str, name: str) -> Iterator[st
     for file, one in parts.items():
         seeds = ", ".join(sorted({str(outcome.seed) for outcome in one.outcomes}))
         yield from (
-            f"### World {escape(str(one.world['name']))}, seed {seeds}",
+            f"### World {escape(str(one.world['name']))}, seed {seeds}: {escape(file)}",
             "",
             f"[{file}](/files/fixtures/results/{file})",
             "",

@@ -39,6 +39,7 @@ from mergeguard.protections.gaussian_probe import GaussianProbe
 class MyScheme(GaussianProbe):
     name = "my_scheme"
 """
+TINY = "### World tiny, seed 0: tiny.json"
 EMBEDS = "mergeguard embed "
 ON_TINY_MODELS = "mergeguard embed --world tiny "
 """As the owner's tutorial itself says."""
@@ -114,7 +115,7 @@ def test_a_protection_has_a_page_with_its_parameters(name: str, pages: Path) -> 
     assert f"{{py:class}}`{scheme.__module__}.{scheme.__name__}`" in page
     for parameter, value in scheme.defaults.items():
         assert row_of(page, f"`{parameter}`", "## Parameters")[1] == f"`{format_value(value)}`"
-    assert f"mergeguard run --protection {name}" in page or "\n### World tiny, seed 0\n" in page
+    assert f"mergeguard run --protection {name}" in page or "\n### World tiny, seed 0: " in page
 
 
 @pytest.mark.parametrize("name", ours(MERGERS))
@@ -128,14 +129,14 @@ def test_a_merger_has_a_page_with_source_and_parameters(name: str, pages: Path) 
         row = row_of(page, f"`{parameter.name}`", "## Parameters")
         assert row[1] == f"`{format_value(parameter.default)}`"
         assert all(f"`{choice}`" in row[2] for choice in parameter.choices)
-    assert f"mergeguard run --merger {name}" in page or "\n### World tiny, seed 0\n" in page
+    assert f"mergeguard run --merger {name}" in page or "\n### World tiny, seed 0: " in page
 
 
 def test_the_measured_rows_are_those_of_the_results_files(pages: Path) -> None:
     results = json.loads((ROOT / "fixtures" / "results" / "tiny.json").read_text(encoding="utf-8"))
     for protection in ("quantization_watermark", "instructional_fingerprint"):
         page = (pages / "protections" / f"{protection}.md").read_text(encoding="utf-8")
-        row = row_of(page, "linear", "### World tiny, seed 0")
+        row = row_of(page, "linear", TINY)
         cells = [o for o in results["outcomes"] if (o["protection"], o["merger_spec"]) == (protection, "linear")]
         measured = [float(re.search(r"\d*\.\d+", cell)[0]) for cell in row[1:-2]]  # type: ignore[index]
         assert measured == [pytest.approx(cell["rate"], abs=0.0051) for cell in cells]
@@ -143,7 +144,7 @@ def test_the_measured_rows_are_those_of_the_results_files(pages: Path) -> None:
         [summary] = [s for s in results["summary"] if (s["protection"], s["merger_spec"]) == (protection, "linear")]
         assert row[-2] == ("-" if summary["critical_coefficient"] is None else f"{summary['critical_coefficient']:g}")
         merger_page = (pages / "mergers" / "linear.md").read_text(encoding="utf-8")
-        assert row == row_of(merger_page.partition("\n### World tiny, seed 0\n")[2], "linear", f"#### {protection}")
+        assert row == row_of(merger_page.partition(f"\n{TINY}\n")[2], "linear", f"#### {protection}")
 
 
 def test_links_of_a_page_become_links_of_the_site(site: ModuleType) -> None:
