@@ -89,22 +89,21 @@ def test_pytest_alone_runs_the_gate_as_it_is_written(installed: Installed) -> No
 
 def test_xdist_runs_it_and_reports_what_every_worker_measured(installed: Installed) -> None:
     options = ("--merger", "linear", "--coefficient", "0.5,0.7", "--mergeguard-output", "reports")
+    options += ("-k", "linear or secret or effective")  # each worker embeds for itself
     ran = installed.run("python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *options)
     assert ran.returncode == PASSED, ran.stdout + ran.stderr
     results = json.loads((installed.folder / "reports" / "results.json").read_text(encoding="utf-8"))
     verdicts = {outcome["coefficient"]: outcome["verdict"] for outcome in results["outcomes"]}
     assert verdicts == {0.5: "lost", 0.7: "survived"}
-    assert {"deterministic", "secret", "effective"} <= {gate["gate"] for gate in results["before_merging"]}
+    assert {"secret", "effective"} == {gate["gate"] for gate in results["before_merging"]}
     assert all(gate["passed"] for gate in results["before_merging"])
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name"), [("rare_token", "rare_token"), ("cheats.honest:WeightMark", "weight_mark")]
-)
-def test_the_gate_without_pytest_passes_and_says_why(scheme: str, name: str, installed: Installed) -> None:
-    ran = installed.run("mergeguard", "gate", scheme, *ONE_CELL)
+def test_the_gate_without_pytest_passes_and_says_why(installed: Installed) -> None:
+    """The example's own scheme is gated so by `test_workflows.py`."""
+    ran = installed.run("mergeguard", "gate", "cheats.honest:WeightMark", *ONE_CELL)
     assert ran.returncode == PASSED, ran.stdout + ran.stderr
-    assert f"{name}: gate passed" in ran.stdout
+    assert "weight_mark: gate passed" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -113,11 +112,10 @@ def test_the_gate_without_pytest_passes_and_says_why(scheme: str, name: str, ins
         ("readings:AlwaysVerifies", "specific"),
         ("readings:LooksAtTheConfig", "reads_only_weights"),
         ("memory:AnswersFromACache", "verification_is_pure"),
-        ("keeping:TakesTheMarksOfOthers", "made_beforehand"),
-        ("leaks:LeaksInTheConfig", "secret"),
     ],
 )
 def test_the_gate_catches_a_cheat_by_name(cheat: str, wanted: str, installed: Installed) -> None:
+    """Three of those that `test_cheats.py` shows to its checks."""
     ran = installed.run("mergeguard", "gate", f"cheats.{cheat}", *ONE_CELL)
     assert ran.returncode == FAILED, ran.stdout + ran.stderr
     assert re.search(rf"failed checks: .*\b{wanted}\b", ran.stdout), ran.stdout
