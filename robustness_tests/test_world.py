@@ -54,6 +54,12 @@ def test_known_answer_catches_a_merge_that_is_off_by_a_tenth(engine: Engine, mon
     assert disagreement(engine, parse_merger("linear"), 0.5) > 1
 
 
+def test_what_is_written_into_one_model_s_config_is_in_no_other(engine: Engine) -> None:
+    world = engine.world
+    world.build_model().config.watermark = "a key"
+    assert not hasattr(world.build_model().config, "watermark")
+
+
 def test_shipped_weights_are_the_ones_of_the_manifest(tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(DATA, copy)

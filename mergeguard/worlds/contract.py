@@ -99,7 +99,8 @@ class World:
     Attributes:
         base, upstream, donors: states, each storage under one name (`worlds.states`): dicts, or mappings that read a
             tensor from its file when it is asked for. On the CPU, in any floating dtype.
-        build_model: makes an untrained model of the architecture (no weights are read or downloaded).
+        build_model: makes an untrained model of the architecture (no weights are read or downloaded), with a config of
+            its own: what somebody writes into one model's must not stand in the next one's.
         budgets: training budgets by name ("quantization_watermark.full"); "default" serves any other scheme.
         digests: SHA-256 of each weights file.
         threads: torch threads per worker, fixed where verdicts must not depend on the machine's cores.

@@ -112,10 +112,11 @@ def test_the_gate_without_pytest_passes_and_says_why(installed: Installed) -> No
         ("readings:AlwaysVerifies", "specific"),
         ("readings:LooksAtTheConfig", "reads_only_weights"),
         ("memory:AnswersFromACache", "verification_is_pure"),
+        ("leaks:LeaksInTheConfig", "secret"),
     ],
 )
 def test_the_gate_catches_a_cheat_by_name(cheat: str, wanted: str, installed: Installed) -> None:
-    """Three of those that `test_cheats.py` shows to its checks."""
+    """Some of those that `test_cheats.py` shows to its checks."""
     ran = installed.run("mergeguard", "gate", f"cheats.{cheat}", *ONE_CELL)
     assert ran.returncode == FAILED, ran.stdout + ran.stderr
     assert re.search(rf"failed checks: .*\b{wanted}\b", ran.stdout), ran.stdout

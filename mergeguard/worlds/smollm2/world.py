@@ -6,6 +6,7 @@ are the base with a low-rank adapter: the shipped ones, or those that `mergeguar
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from typing import TYPE_CHECKING
@@ -83,7 +84,7 @@ def load(upstreams: Path = DATA) -> World:
         upstream=_state(_reference(folder, files[FOLDERS[UPSTREAM]])),
         donors={DONOR: _state(_reference(folder, files[FOLDERS[DONOR]]))},
         tokenizer=tokenizer,
-        build_model=lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+        build_model=lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32),
         skills=(
             Skill("refusal", UPSTREAM, harmful_questions(tokenizer)),
             Skill("word_problems", DONOR, word_problems(tokenizer)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def load(folder: Path = DATA) -> World:
         upstream=upstream,
         donors={DONOR: donor},
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
-        build_model=lambda: LlamaForCausalLM(config),
+        build_model=lambda: LlamaForCausalLM(copy.deepcopy(config)),
         skills=skills(),
         texts=shared,
         budgets=budgets(shared),
