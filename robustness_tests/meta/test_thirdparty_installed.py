@@ -89,13 +89,13 @@ def test_pytest_alone_runs_the_gate_as_it_is_written(installed: Installed) -> No
 
 def test_xdist_runs_it_and_reports_what_every_worker_measured(installed: Installed) -> None:
     options = ("--merger", "linear", "--coefficient", "0.5,0.7", "--mergeguard-output", "reports")
-    options += ("-k", "linear or secret or effective")  # each worker embeds for itself
+    options += ("-k", "linear or specific or effective")  # each worker embeds for itself
     ran = installed.run("python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *options)
     assert ran.returncode == PASSED, ran.stdout + ran.stderr
     results = json.loads((installed.folder / "reports" / "results.json").read_text(encoding="utf-8"))
     verdicts = {outcome["coefficient"]: outcome["verdict"] for outcome in results["outcomes"]}
     assert verdicts == {0.5: "lost", 0.7: "survived"}
-    assert {"secret", "effective"} == {gate["gate"] for gate in results["before_merging"]}
+    assert {"specific", "effective"} == {gate["gate"] for gate in results["before_merging"]}
     assert all(gate["passed"] for gate in results["before_merging"])
 
 
