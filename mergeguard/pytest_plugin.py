@@ -17,6 +17,7 @@ import pytest
 
 from mergeguard import __version__
 from mergeguard.errors import EvidenceLost, MergeguardError
+from mergeguard.matrix.outcome import GATE, OUTCOME, PLANTED
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mergeguard.matrix.selection import Matrix, Selection
     from mergeguard.testing.cases import GateCase
 
-OUTCOME, GATE, PLANTED = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
 WORLD = "mergeguard_world"
 CASES = "mergeguard_cases"
 """The mark of tests that `mergeguard.testing.parametrize_with_cases` decorates."""

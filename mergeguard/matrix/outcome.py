@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "1.0"
 SURVIVED, OVERCLAIMS, LOST, UNDECIDABLE = "survived", "overclaims", "lost", "undecidable"
 VERDICTS = (SURVIVED, OVERCLAIMS, LOST, UNDECIDABLE)
+OUTCOME, GATE, PLANTED = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
+"""Names of the properties by which pytest's tests report parts of `Results`, each as JSON."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeguard.errors import GateFailed
 from mergeguard.matrix import gates
+from mergeguard.matrix import outcome as reported
 from mergeguard.matrix.recorded import check_outcome, expected, stale
 from mergeguard.matrix.schemes import seconds_per_call
 from mergeguard.protections.planted import PLANTED
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from mergeguard.matrix.recorded import Record
     from mergeguard.protections.contract import Protection
     from mergeguard.testing.plan import Plan
-
-OUTCOME, GATE, PLANTED_MISTAKE = "mergeguard_outcome", "mergeguard_gate", "mergeguard_planted"
-"""Names of the properties by which tests report to the plugin."""
 
 
 @dataclass
@@ -91,7 +89,7 @@ class CheckCase(GateCase):
 
     def _check(self, context: Context) -> None:
         gate = run_check(context, self.check_name)
-        self.properties.append((GATE, json.dumps(asdict(gate))))
+        self.properties.append((reported.GATE, json.dumps(asdict(gate))))
         problem = gates.problem_of_gate(gate)
         if problem is not None:
             raise GateFailed(problem)
@@ -112,7 +110,7 @@ class PlantedCase(GateCase):
         assert self.scheme is not None
         with seconds_per_call(None):  # the limit is for the scheme under test
             found = gates.catch(context.engine, self.scheme(), self.wanted)
-        self.properties.append((PLANTED_MISTAKE, json.dumps(asdict(found))))
+        self.properties.append((reported.PLANTED, json.dumps(asdict(found))))
         if not found.caught:
             raise GateFailed(f"{found.name} was not caught: {found.measured}")
 
@@ -137,7 +135,7 @@ class CellCase(GateCase):
         with context.listening():
             measured = context.engine.outcome(self.case, context.protection)
         measured = replace(measured, expected=expected(self.record))
-        self.properties.append((OUTCOME, json.dumps(measured.to_json())))
+        self.properties.append((reported.OUTCOME, json.dumps(measured.to_json())))
         check_outcome(measured, self.record)
 
 
